@@ -1,6 +1,6 @@
 """Students without data: every preset on scikit-learn's digits, beside two baselines that prove nothing.
 
-    python benchmarks/data_free.py                                     # three seeds: about half an hour on one core
+    python benchmarks/data_free.py                                     # three seeds: about an hour on one core
     python benchmarks/data_free.py --presets dfq deepinversion --seeds 0
 
 A number is the student's accuracy in percent on 450 images that no model has seen, the mean over seeds ± the standard
@@ -28,10 +28,11 @@ from mergekit_lfm.distill.generate import Generation
 from mergekit_lfm.distill.generators import build
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.metadata import collect_records, find_clusters
-from mergekit_lfm.distill.passes import batch_norms, scores_in_parts
+from mergekit_lfm.distill.passes import scores_in_parts
 from mergekit_lfm.distill.presets import PRESETS, Preset
 from mergekit_lfm.distill.samples import Samples, save_samples
 from mergekit_lfm.distill.synthesise import Given, synthesise
+from mergekit_lfm.runtime.batchnorm import batchnorms
 
 SHAPE, TEST = (1, 8, 8), 450
 STEPS = 1200  # of students
@@ -127,7 +128,7 @@ def on_noise(teacher: Net, student: Net, seed: int, steps: int, own_statistics: 
     """Train a student on the teacher's scores of uniform noise, new in each step."""
     learner = Learner(student, 10, Learning(), steps, seed)
     source = copy.deepcopy(teacher)
-    for each in batch_norms(source) if own_statistics else []:
+    for each in batchnorms(source).values() if own_statistics else []:
         each.momentum = 0.0
         each.train()
     for step in range(steps):
@@ -139,19 +140,12 @@ def on_noise(teacher: Net, student: Net, seed: int, steps: int, own_statistics: 
 
 def follow(teacher: Net, student: Net, row: Preset, given: Given, seed: int, steps: int) -> Samples:
     """The images of a preset, on which the student was trained."""
-    rounds = row.generation.get("rounds", Generation().rounds)
-    made = synthesise(
-        teacher,
-        student,
-        row,
-        SHAPE,
-        given=given,
-        count=2048 if row.family == "wild" else 256,
-        student_steps=steps,
-        seed=seed,
-        generation={"rounds": max(1, rounds * steps // STEPS)},
-    )
-    return made.samples
+    if row.family == "generator":
+        rounds = row.generation.get("rounds", Generation().rounds)
+        longer = {"rounds": max(1, rounds * steps // STEPS)}
+        return synthesise(teacher, student, row, SHAPE, given=given, seed=seed, generation=longer).samples
+    count = 2048 if row.family == "wild" else 256
+    return synthesise(teacher, student, row, SHAPE, given=given, count=count, student_steps=steps, seed=seed).samples
 
 
 def measure(

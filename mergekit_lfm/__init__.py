@@ -38,10 +38,13 @@ __all__ = [
     "apply_patches",
     "as_batches",
     "as_facts",
+    "as_gradient",
+    "audit",
     "average_attachments",
     "barrier",
     "check_table",
     "collect_stats",
+    "correlation",
     "distill_model",
     "edit_model",
     "emulate_model",
@@ -85,8 +88,10 @@ __all__ = [
     "retrieval",
     "rewrite",
     "run_recipe",
+    "save_samples",
     "score_facts",
     "select_examples",
+    "synthesise",
     "synthesise_images",
     "trace_facts",
     "tune_model",
@@ -135,6 +140,9 @@ if TYPE_CHECKING:
     from mergekit_lfm.artifacts.patch import Patch, open_patch
     from mergekit_lfm.artifacts.statistics import Statistics, open_statistics
     from mergekit_lfm.artifacts.transform import Transform, open_transform
+    from mergekit_lfm.distill.leakage import as_gradient, audit, correlation
+    from mergekit_lfm.distill.samples import save_samples
+    from mergekit_lfm.distill.synthesise import synthesise
     from mergekit_lfm.edit.scores import FactScores, score_facts
     from mergekit_lfm.errors import FormatError, PlanError, Refusal
     from mergekit_lfm.judge.barrier import Interpolation, barrier
@@ -230,6 +238,11 @@ _HOMES = {
     "trace_facts": "api.trace",
     "tune_model": "api.tune",
     "undo_patches": "api.patches",
+    "synthesise": "distill.synthesise",
+    "save_samples": "distill.samples",
+    "audit": "distill.leakage",
+    "as_gradient": "distill.leakage",
+    "correlation": "distill.leakage",
     "verify_output": "api.verify",
 }
 

@@ -26,7 +26,9 @@ Examples:
 @click.option(
     "--preset", type=click.Choice([*PRESETS]), default="deepinversion", help="The way. [default: deepinversion]"
 )
-@click.option("-o", "--out", required=True, type=FILE, help="The .npz file to write; a .png comes beside it.")
+@click.option(
+    "-o", "--out", required=True, type=FILE, help="The .npz file to write; a .png of 1 or 3 channels comes beside it."
+)
 @click.option("--student", type=ModelFolder(), help="A classifier of the same classes, which learns from the images.")
 @click.option("--student-out", type=FILE, help="The folder to write the student to.")
 @click.option("--stats", type=FILE, help="Gram matrices of TEACHER, which take the place of BatchNorm's statistics.")
@@ -35,10 +37,8 @@ Examples:
 @click.option("--size", type=click.IntRange(min=1), help="Height and width. [default: the model's]")
 @click.option("--low", type=float, help="The least value of a pixel. [default: the image processor's, else 0]")
 @click.option("--high", type=float, help="The largest value of a pixel. [default: the image processor's, else 1]")
-@click.option("--count", type=click.IntRange(min=2), default=256, help="Images that gradients make. [default: 256]")
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=1200, help="Steps of the student on these. [default: 1200]"
-)
+@click.option("--count", type=click.IntRange(min=2), help="Images that gradients make, or dfnd chooses. [default: 256]")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps of the student on these. [default: 1200]")
 @click.option("--rounds", type=click.IntRange(min=1), help="Of a generator, or of gradients. [default: the preset's]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
 @options.device_option("Where the models run")

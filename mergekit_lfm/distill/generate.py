@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,11 +20,11 @@ from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_li
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
+from mergekit_lfm.train.loop import Tell
 
 Outer = Literal["go_on", "fresh", "reptile"]
 OUTERS, LATENTS = ("go_on", "fresh", "reptile"), ("drawn", "learned")
 PROJECTED = 32  # numbers of the head by which CMI compares features
-Tell = Callable[[int, int, Mapping[str, Any]], None]  # rounds done, of all, and the terms' values
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,11 @@ def generate(
     check_terms(terms)
     if "proxy" in terms and proxy is None:
         raise PlanError("the term proxy needs images of another kind; give them, or leave it out")
+    if options.latents == "learned" and learning.memory != "none":
+        raise PlanError(
+            f"found learned latents with the memory {learning.memory!r}; expected none, as the student learns from a "
+            "bank of all images. Leave it out"
+        )
     work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed)
     record = list[Mapping[str, float]]()
     with frozen([teacher]):
@@ -130,8 +135,10 @@ class _Work:
         self.device = next(teacher.parameters()).device
         head = last_linear(teacher)
         self.classes = head.out_features
-        self.learner = Learner(student, self.classes, learning, options.rounds * options.student_steps, seed)
+        pixels, steps = (generator.low, generator.high), options.rounds * options.student_steps
+        self.learner = Learner(student, self.classes, learning, steps, seed, pixels)
         self.observer = Observer(teacher, frozenset(terms), student if set(COMPARING) & terms.keys() else None, records)
+        self.features = Observer(teacher, frozenset(["contrast"]))  # of images, and nothing else
         self.bank = Bank(options.bank)
         self.before = dict[str, Tensor]()  # the values of exponential terms in the step before
         shape = generator.shape
@@ -240,10 +247,10 @@ class _Work:
         """The pass with projected features: of the images, of copies moved by a pixel, and of images of the bank."""
         chooser = torch.Generator().manual_seed(seed_of(self.seed, "views", *turn))
         shifts = torch.randint(-1, 2, (2,), generator=chooser).tolist()
-        copies = self.observer.see(seen.images.roll(shifts, (-2, -1))).get("features")
+        copies = self.features.see(seen.images.roll(shifts, (-2, -1))).get("features")
         if len(self.bank):
             with torch.no_grad():
-                others = self.observer.see(self.bank.draw(len(seen.images), chooser)[0]).get("features")
+                others = self.features.see(self.bank.draw(len(seen.images), chooser)[0]).get("features")
         else:
             others = seen.get("features")[:0]
         return replace(seen, views=(self.head(seen.get("features")), self.head(copies), self.head(others)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, la
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
+from mergekit_lfm.train.loop import Tell
 
-Tell = Callable[[int, int, Mapping[str, Any]], None]  # steps done, of all, and the terms' values
+TARGETS = ("classes", "impressions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,9 @@ class Inversion:
     """How images are made from noise. steps: of Adam, for each batch; its rate falls by half a cosine.
 
     low, high: the range of pixels, to which they are cut after each step. targets: "classes" in equal numbers, or
-    "impressions", soft ones. jitter: the most pixels by which a batch is moved, in a circle, for a step. noise: 2 eps
-    of Langevin's noise sqrt(2 eps) n at the first step; eps falls to a ten-thousandth. Source of the noise: Braun et
-    al. 2024, arXiv 2306.02090.
+    "impressions", soft ones. jitter: the most pixels by which a batch is moved, in a circle, for a step. noise: eps of
+    Langevin's noise sqrt(2 eps) n at the first step, n normal; eps falls to a ten-thousandth. Source of the noise:
+    Braun et al. 2024, arXiv 2306.02090.
     """
 
     steps: int = 200
@@ -43,12 +44,13 @@ class Inversion:
     def __post_init__(self) -> None:
         """Raise PlanError for settings out of range, with all of them."""
         problems = [
-            f"{name} is {value}; expected {expected}"
+            f"{name} is {value!r}; expected {expected}"
             for name, value, expected, right in (
                 ("steps", self.steps, "at least 1", self.steps >= 1),
                 ("learning_rate", self.learning_rate, "a number above 0", 0 < self.learning_rate < math.inf),
                 ("batch_size", self.batch_size, "at least 2", self.batch_size >= 2),
                 ("high", self.high, f"a number above low, {self.low}", self.low < self.high < math.inf),
+                ("targets", self.targets, " or ".join(TARGETS), self.targets in TARGETS),
                 ("jitter", self.jitter, "at least 0", self.jitter >= 0),
                 ("noise", self.noise, "at least 0", 0 <= self.noise < math.inf),
             )
@@ -67,8 +69,9 @@ class Inversion:
 class Facts:
     """Facts that some terms read. student: for terms that compare; records, clusters: of the teacher on its data.
 
-    gradient: wanted, by the names of the teacher's parameters; targets: the classes, or None to draw them. groups:
-    copies of each image that are made together, for the term `group`.
+    gradient: wanted, by the names of the teacher's parameters; targets: the class of each image, or its
+    probabilities, or None to draw them. groups: copies of each image that are made together, in one batch, for the term
+    `group`.
     """
 
     student: nn.Module | None = None
@@ -96,10 +99,12 @@ def invert(
     """Images [count, *shape] that make the weighted sum of terms small, and the teacher's scores of them.
 
     Batches are made one after the other; one seed gives the same images. The teacher runs in evaluation mode and stays
-    as it is. Raises PlanError for unknown terms, for terms without their facts, and for a loss that is not finite.
+    as it is. Raises PlanError for unknown terms, for terms without their facts, for facts of another number of images,
+    and for a loss that is not finite.
     """
     options = options or Inversion()
     check_terms(terms)
+    _check_count(facts, count, options)
     observer = Observer(
         teacher,
         frozenset(terms),
@@ -111,9 +116,22 @@ def invert(
     with frozen([teacher], trained=observer.gradient is not None), frozen([facts.student]):
         for start in range(0, count, size):
             own = seed_of(seed, "batch", start)
-            made.append(_invert_batch(observer, terms, (min(size, count - start), *shape), options, facts, own, tell))
+            targets = None if facts.targets is None else facts.targets[start : start + size]
+            form, batch = (min(size, count - start), *shape), replace(facts, targets=targets)
+            made.append(_invert_batch(observer, terms, form, options, batch, own, tell))
     images = torch.cat(made)
     return Samples(images, scores_in_parts(teacher, images, size))
+
+
+def _check_count(facts: Facts, count: int, options: Inversion) -> None:
+    """Raise PlanError for targets or groups that do not go with the number of images."""
+    if facts.targets is not None and len(facts.targets) != count:
+        raise PlanError(f"found {len(facts.targets)} targets for {count} images; expected one for each. Give as many")
+    if facts.groups > 1 and (count > options.batch_size or count % facts.groups):
+        raise PlanError(
+            f"found {facts.groups} groups of {count} images, {options.batch_size} in a batch; expected groups of one "
+            "size, and all in one batch. Correct the number of images, or give a larger batch_size"
+        )
 
 
 def _invert_batch(

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.distill.image_terms import TERMS
-from mergekit_lfm.distill.invert import Facts, Inversion, Tell, invert
-from mergekit_lfm.distill.passes import Observer, batch_norms, frozen, last_linear
+from mergekit_lfm.distill.invert import Facts, Inversion, invert
+from mergekit_lfm.distill.passes import Observer, frozen, last_linear
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError, did_you_mean, several
+from mergekit_lfm.runtime.batchnorm import batchnorms
+from mergekit_lfm.train.loop import Tell
 
 Way = Literal["deep_leakage", "inverting_gradients", "gradinversion"]
 WAYS: Mapping[Way, Mapping[str, float]] = {
@@ -65,7 +67,7 @@ def audit(
     labels = read_labels(model, gradient, count) if labels is None else labels
     if labels.shape != (count,):
         raise PlanError(f"found labels of shape {list(labels.shape)} for {count} images; expected one for each")
-    terms = {name: weight for name, weight in WAYS[way].items() if name != "bn" or batch_norms(model)}
+    terms = {name: weight for name, weight in WAYS[way].items() if name != "bn" or batchnorms(model)}
     copies = groups if "group" in terms else 1
     facts = Facts(gradient=gradient, targets=labels.repeat(copies), groups=copies)
     options = replace(options or Inversion(steps=300), batch_size=max(2, count * copies))

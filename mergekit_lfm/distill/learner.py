@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,9 +81,21 @@ Scored = tuple[Tensor, Tensor]  # images [n, channels, h, w], and the teacher's 
 
 
 class Learner:
-    """A student with its optimizer. steps: all that there will be, for the rate."""
+    """A student with its optimizer. steps: all that there will be, for the rate.
 
-    def __init__(self, student: nn.Module, classes: int, options: Learning, steps: int, seed: int) -> None:
+    pixels: the least and the largest value of a pixel, which attacks leave as they are.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        classes: int,
+        options: Learning,
+        steps: int,
+        seed: int,
+        pixels: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
+        self.pixels = pixels
         self.student, self.options, self.steps, self.seed, self.done = student, options, steps, seed, 0
         device = next(student.parameters()).device
         self.matrix = NoiseMatrix(classes).to(device) if options.noise_matrix else None
@@ -109,24 +120,25 @@ class Learner:
         return float(loss.detach())
 
     def _loss(self, new: Scored, remembered: Scored | None) -> Tensor:
-        loss = self._imitation(new, {})
+        images, scores = new
+        mine = logits(run(self.student, (images,)))
+        loss = self._apart(mine, scores)
         if self.options.attack:
-            loss = (loss + self._imitation((self._attacked(new), new[1]), {})) / 2
+            loss = (loss + self._apart(logits(run(self.student, (self._attacked(new),))), scores)) / 2
         if self.matrix is not None:
-            images, scores = new
-            chances = logits(run(self.student, (images,))).softmax(-1) @ self.matrix()
+            chances = mine.softmax(-1) @ self.matrix()
             loss = loss + nn.functional.nll_loss(chances.clamp(min=1e-12).log(), scores.argmax(-1))
         if remembered is None or self.options.memory == "none":
             return loss
-        moved = self._moved(loss) if self.options.memory == "meta" else {}
-        return loss + self._imitation(remembered, moved)
+        if self.options.memory == "meta":
+            output = torch.func.functional_call(self.student, self._moved(loss), (remembered[0],))
+        else:
+            output = run(self.student, (remembered[0],))
+        return loss + self._apart(logits(output), remembered[1])
 
-    def _imitation(self, scored: Scored, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The mean divergence from the teacher's scores. parameters: other ones than the student's own."""
-        images, scores = scored
-        output = torch.func.functional_call(self.student, dict(parameters), (images,)) if parameters else None
-        mine = logits(run(self.student, (images,)) if output is None else output)
-        return kd_divergence(mine, scores, self.options.temperature, self.options.divergence) / len(images)
+    def _apart(self, mine: Tensor, scores: Tensor) -> Tensor:
+        """The mean divergence of the student's scores from the teacher's."""
+        return kd_divergence(mine, scores, self.options.temperature, self.options.divergence) / len(scores)
 
     def _moved(self, loss: Tensor) -> dict[str, Tensor]:
         """The student's parameters after a step of plain descent on the loss, with its second derivatives."""
@@ -136,6 +148,8 @@ class Learner:
 
     def _attacked(self, scored: Scored) -> Tensor:
         """The images changed by up to `attack` in each pixel, so that the student is far from the teacher's scores.
+
+        Pixels stay within their range. The scores are those of the images before.
 
         Source: Madry et al. 2017, arXiv 1706.06083, from the image itself and a small random step.
         """
@@ -149,17 +163,18 @@ class Learner:
             far = kd_divergence(logits(run(self.student, (images + change,))), scores)
             (slope,) = torch.autograd.grad(far, [change])
             change = (change.detach() + 2 * most / ATTACK_STEPS * slope.sign()).clamp(-most, most)
+            change = (images + change).clamp(*self.pixels) - images
         self.student.train()
-        return images + change.detach()
+        return (images + change.detach()).clamp(*self.pixels)
 
 
 def learn(learner: Learner, samples: Scored, steps: int) -> list[float]:
     """Steps of a student on samples, in an order of its own for each time round; the losses."""
     images, scores = samples
     size, losses, order = min(learner.options.batch_size, len(images)), list[float](), torch.empty(0, dtype=torch.long)
-    for step in range(steps):
+    for _ in range(steps):
         if len(order) < size:
-            order = torch.cat([order, _order(len(images), learner.seed, learner.done + step)])
+            order = torch.cat([order, _order(len(images), learner.seed, learner.done)])
         chosen, order = order[:size].to(images.device), order[size:]
         losses.append(learner.step((images[chosen], scores[chosen])))
     return losses

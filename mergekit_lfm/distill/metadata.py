@@ -10,51 +10,66 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.artifacts.statistics import Statistics
-from mergekit_lfm.distill.passes import Moments, frozen, last_linear, moments_of
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.distill.passes import Moments, axis_of, frozen, last_linear, rows_of
+from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run
 from mergekit_lfm.train.examples import seed_of
 
 ROUNDS = 20  # of k-means
+PART = 128  # images that the teacher sees at once
 
 
 def collect_records(teacher: nn.Module, images: Tensor) -> dict[str, Moments]:
     """The mean and covariance of the inputs of each linear and convolutional layer but the first called, by name.
 
-    The first one reads the images themselves. Places of an image are rows. images: [n, channels, h, w], in one batch.
+    The first one reads the images themselves. Places of an image are rows. images: [n, channels, h, w]; sums over parts
+    of them are in float64, so that it does not matter how many there are.
     """
     layers = {each: name for name, each in teacher.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
-    heard = dict[str, Tensor]()
+    axes, sums = {name: axis_of(each) for each, name in layers.items()}, dict[str, Tensor]()
+
+    def add(name: str, x: Tensor) -> None:
+        rows = rows_of(x, axes[name]).double()
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [rows, d + 1]
+        sums[name] = sums.get(name, 0) + rows.T @ rows
+
     with (
         frozen([teacher]),
         torch.no_grad(),
-        hook_modules({each: partial(heard.__setitem__, name) for each, name in layers.items()}, inputs=True),
+        hook_modules({each: partial(add, name) for each, name in layers.items()}, inputs=True),
     ):
-        run(teacher, (images,))
-    return {name: moments_of(x) for name, x in [*heard.items()][1:]}
+        for part in torch.split(images, PART):
+            run(teacher, (part,))
+    return {name: _moments(gram / gram[-1, -1]) for name, gram in [*sums.items()][1:]}
 
 
-def read_records(statistics: Statistics, teacher: nn.Module) -> dict[str, Moments]:
+def _moments(gram: Tensor) -> Moments:
+    """The moments in float32, from the mean [d + 1, d + 1] of [x; 1][x; 1]^T."""
+    mean = gram[-1, :-1]
+    return Moments(mean.float(), (gram[:-1, :-1] - torch.outer(mean, mean)).float())
+
+
+def read_records(
+    statistics: Statistics, teacher: nn.Module, tensors: Mapping[str, str] | None = None
+) -> dict[str, Moments]:
     """The means and covariances of the inputs of a teacher's linear layers, from a file of Gram matrices.
 
-    Raises PlanError for statistics of another kind, and for those of layers that the teacher does not have.
+    tensors: the tensor of the teacher's file for each parameter, by names; by default those of the parameters. Raises
+    PlanError for statistics of another kind, and for those of layers that the teacher does not have.
     """
     if statistics.info.kind != "gram":
         raise PlanError(
             f"{statistics.path} holds {statistics.info.kind} statistics; expected Gram matrices, from which means and "
             "covariances follow. Collect them by `mergekit-lfm stats gram`"
         )
-    modules, found = dict(teacher.named_modules()), dict[str, Moments]()
-    for name, layer in statistics.info.layers.items():
-        if layer.weight.removesuffix(".weight") not in modules:
-            raise PlanError(
-                f"{statistics.path} has the layer {name}, and the teacher does not; give its own statistics"
-            )
-        gram = statistics.read(name)
-        mean = gram[-1, :-1]  # of [x; 1][x; 1]^T
-        found[layer.weight.removesuffix(".weight")] = Moments(mean, gram[:-1, :-1] - torch.outer(mean, mean))
-    return found
+    names = {name: name for name, _ in teacher.named_parameters()} if tensors is None else tensors
+    homes = {tensor: name.removesuffix(".weight") for name, tensor in names.items() if name.endswith(".weight")}
+    layers = statistics.info.layers
+    strange = [f"{name}, of the tensor {layer.weight}" for name, layer in layers.items() if layer.weight not in homes]
+    if strange:
+        raise PlanError(f"{statistics.path} has {shorten(strange)}; the teacher does not. Give its own statistics")
+    return {homes[layer.weight]: _moments(statistics.read(name)) for name, layer in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,9 @@ def find_clusters(teacher: nn.Module, images: Tensor, *, each: int = 3, axes: in
     """
     heard = list[Tensor]()
     with frozen([teacher]), torch.no_grad(), hook_modules({last_linear(teacher): heard.append}, inputs=True):
-        classes = logits(run(teacher, (images,))).argmax(-1)
-    classes, features, centres, spread = classes.cpu(), heard[0].flatten(1).cpu(), list[Tensor](), list[Tensor]()
+        scores = torch.cat([logits(run(teacher, (part,))) for part in torch.split(images, PART)])
+    classes, features = scores.argmax(-1).cpu(), torch.cat([x.flatten(1).cpu() for x in heard])
+    centres, spread = list[Tensor](), list[Tensor]()
     for label in torch.unique(classes).tolist():
         rows = features[classes == label]
         for members in _k_means(rows, min(each, len(rows)), seed_of(seed, "clusters", label)):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.runtime.hooks import hook_modules
 from mergekit_lfm.runtime.load import logits, run
 
 FEATURES = ("activation", "clusters", "contrast")  # terms that read the inputs of the last linear layer
-BatchNorm = nn.modules.batchnorm._BatchNorm
 GRADIENTS = ("gradient", "gradient_l2")
 
 
@@ -78,7 +78,7 @@ class Observer:
 
     def see(self, images: Tensor, **facts: Any) -> Pass:
         """The pass of a batch. facts: what else `Pass` has."""
-        norms = batch_norms(self.teacher) if "bn" in self.terms else []
+        norms = [*batchnorms(self.teacher).values()] if "bn" in self.terms else []
         layers = self._recorded() if "records" in self.terms else {}
         last = [last_linear(self.teacher)] if self.terms.intersection(FEATURES) else []
         heard = dict[nn.Module, Tensor]()
@@ -86,10 +86,10 @@ class Observer:
             scores = logits(run(self.teacher, (images,)))
         seen = Pass(images, scores, **facts)
         if norms:
-            pairs = [(moments_of(heard[each], whole=False), _stored(each)) for each in norms]
+            pairs = [(moments_of(heard[each], axis=1, whole=False), _stored(each)) for each in norms]
             seen = replace(seen, norms=tuple(pairs))
         if layers:
-            pairs = [(moments_of(heard[each]), wanted) for each, wanted in layers.items()]
+            pairs = [(moments_of(heard[each], axis=axis_of(each)), wanted) for each, wanted in layers.items()]
             seen = replace(seen, moments=tuple(pairs))
         if last:
             seen = replace(seen, features=heard[last[0]].flatten(1))
@@ -123,20 +123,25 @@ def _stored(norm: Any) -> Moments:
     return Moments(norm.running_mean, norm.running_var)
 
 
-def moments_of(x: Tensor, *, whole: bool = True) -> Moments:
-    """The moments of inputs of a layer: rows [..., d], or images [n, d, h, w], whose places are rows.
+def axis_of(layer: nn.Module) -> int:
+    """The axis of a layer's inputs along which its channels run: 1 of a convolution, else the last one."""
+    return 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
+def rows_of(x: Tensor, axis: int) -> Tensor:
+    """Inputs of a layer as rows [rows, d]: all axes but the one of d, such as the places of an image, are rows."""
+    return x.movedim(axis, -1).flatten(0, -2)
+
+
+def moments_of(x: Tensor, *, axis: int, whole: bool = True) -> Moments:
+    """The moments of inputs of a layer. axis: that of their channels, as `axis_of` says; 1 for a norm.
 
     whole: the covariance, else the variance. Both are divided by the number of rows.
     """
-    rows = x.movedim(1, -1).flatten(0, -2) if x.ndim > 3 else x.flatten(0, -2)  # [rows, d]
+    rows = rows_of(x, axis)
     mean = rows.mean(0)
     centred = rows - mean
     return Moments(mean, centred.T @ centred / len(rows) if whole else centred.square().mean(0))
-
-
-def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    """The BatchNorm layers of a model that store statistics, in order."""
-    return [each for each in model.modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
 
 
 def last_linear(model: nn.Module) -> nn.Linear:

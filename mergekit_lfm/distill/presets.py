@@ -182,7 +182,7 @@ GENERATORS = (
     Preset(
         "robust",
         "Wang et al. 2023, arXiv 2303.11611",
-        "DFQ's generator, and a student that learns the teacher's answers on images that were attacked",
+        "DFQ's generator, and a student that learns, on attacked images, the teacher's answers to those before",
         "generator",
         {"bn": 1.0, "one_hot": 0.1, "balance": 1.0, "adversarial_kl": 1.0},
         learning={"memory": "replay", "attack": 0.1},

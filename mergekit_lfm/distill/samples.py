@@ -16,6 +16,9 @@ from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.store.durable import replace_file
 
 GRID, GAP, LEAST = 100, 1, 32  # images of a grid at most, pixels between them, and their least width when enlarged
+WIDEST = 20  # columns of a grid
+NO_IMAGE = -1  # an empty place of a grid
+DRAWN = (1, 3)  # channels of images that a picture can show
 
 
 @dataclass(frozen=True)
@@ -34,37 +37,38 @@ class Samples:
 def save_samples(place: Path, samples: Samples, *, grid: bool = True) -> list[Path]:
     """Write `place`, an .npz file of `pixel_values` [n, channels, h, w] float32 and `labels` [n], and the files' paths.
 
-    Every command that takes .npz data for classifiers reads it. grid: also a .png of the first hundred beside it, by
-    class. Raises PlanError for another suffix, or images of other than 1 or 3 channels for a grid.
+    Every command that takes .npz data for classifiers reads it. grid: then also a .png of some beside it, by class,
+    if they have 1 or 3 channels. Raises PlanError for another suffix.
     """
     if place.suffix != ".npz":
         raise PlanError(f"{place}: found the suffix {place.suffix or '(none)'}; expected .npz, arrays of numpy")
-    picture = draw_grid(samples) if grid else None
     buffer = io.BytesIO()
     np.savez(buffer, pixel_values=samples.images.float().cpu().numpy(), labels=samples.labels.cpu().numpy())
     replace_file(place, buffer.getvalue())
-    if picture is None:
+    if not grid or samples.images.shape[1] not in DRAWN:
         return [place]
-    replace_file(place.with_suffix(".png"), picture)
+    replace_file(place.with_suffix(".png"), draw_grid(samples))
     return [place, place.with_suffix(".png")]
 
 
 def draw_grid(samples: Samples) -> bytes:
-    """A .png of up to a hundred images, a column for each class, from the least of their pixels to the largest."""
+    """A .png of up to a hundred images, from the least of their pixels to the largest.
+
+    A column for each class; with more than twenty classes, each in turn its next image, row by row.
+    """
     pillow = import_extra("PIL.Image", "drawing images", "images")
-    count, channels = samples.images.shape[:2]
-    if channels not in (1, 3):
+    channels = samples.images.shape[1]
+    if channels not in DRAWN:
         raise PlanError(f"the images have {channels} channels; expected 1 or 3 for a picture. Save them without a grid")
-    order = _by_class(samples.labels, min(count, GRID))
-    x = samples.images[order].float().cpu()
+    rows = _by_class(samples.labels)
+    cells = torch.tensor(rows).flatten()
+    x = samples.images.cpu()[cells].float()
     x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-12)
     zoom = max(1, math.ceil(LEAST / x.shape[-1]))
     x = x.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     x = torch.nn.functional.pad(x, (0, GAP, 0, GAP), value=1.0)
-    columns = math.ceil(math.sqrt(len(x)))
-    rows = math.ceil(len(x) / columns)
-    x = torch.cat([x, x.new_ones(rows * columns - len(x), *x.shape[1:])])
-    table = x.reshape(rows, columns, *x.shape[1:]).permute(2, 0, 3, 1, 4)
+    x[cells == NO_IMAGE] = 1.0
+    table = x.reshape(len(rows), -1, *x.shape[1:]).permute(2, 0, 3, 1, 4)
     table = table.flatten(3, 4).flatten(1, 2)  # [channels, h, w]
     pixels = (table * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
@@ -72,8 +76,13 @@ def draw_grid(samples: Samples) -> bytes:
     return buffer.getvalue()
 
 
-def _by_class(labels: Tensor, count: int) -> list[int]:
-    """The numbers of `count` images: of each class in turn its next one, so that a row has one of each."""
+def _by_class(labels: Tensor) -> list[list[int]]:
+    """The rows of a grid: the numbers of its images, `NO_IMAGE` for an empty place."""
     queues = [(labels == label).nonzero().flatten().tolist() for label in torch.unique(labels).tolist()]
-    turns = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
-    return turns[:count]
+    columns, longest = min(len(queues), WIDEST), max(map(len, queues))
+    turns = [queue[i] if i < len(queue) else NO_IMAGE for i in range(longest) for queue in queues]
+    if len(queues) > WIDEST:
+        turns = [number for number in turns if number != NO_IMAGE]
+    turns = turns[: GRID // columns * columns]
+    turns += [NO_IMAGE] * (-len(turns) % columns)
+    return [turns[i : i + columns] for i in range(0, len(turns), columns)]

@@ -13,20 +13,29 @@ from torch import Tensor, nn
 
 from mergekit_lfm.distill.generate import Generation, generate
 from mergekit_lfm.distill.generators import Generator, build
+from mergekit_lfm.distill.image_terms import COMPARING
 from mergekit_lfm.distill.invert import Facts, Inversion, invert
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.metadata import Clusters, with_records
-from mergekit_lfm.distill.passes import Moments, batch_norms, last_linear
-from mergekit_lfm.distill.presets import DESCRIBED, Preset, find_preset
+from mergekit_lfm.distill.passes import Moments, last_linear
+from mergekit_lfm.distill.presets import DESCRIBED, Family, Preset, find_preset
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.train.examples import seed_of
+from mergekit_lfm.train.loop import Tell
 
 S = TypeVar("S")
-Tell = Callable[[int, int, Mapping[str, Any]], None]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
+COUNT, STUDENT_STEPS = 256, 1200  # images that gradients make or that are chosen, and steps of a student on these
+# Arguments that a family does not read.
+UNREAD: Mapping[Family, tuple[str, ...]] = {
+    "pixels": ("generation",),
+    "generator": ("count", "student_steps", "inversion"),
+    "wild": ("inversion", "generation"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ def synthesise(
     shape: tuple[int, int, int],
     *,
     given: Given | None = None,
-    count: int = 256,
-    student_steps: int = 1200,
+    count: int | None = None,
+    student_steps: int | None = None,
     low: float = 0.0,
     high: float = 1.0,
     seed: int = 0,
@@ -67,47 +76,106 @@ def synthesise(
     """Make images for a teacher by a preset, and train a student on them, in place.
 
     shape: of an image, channels, height and width; low, high: the range of its pixels. count: images that are made or
-    chosen; student_steps: on these. A generator makes new ones for each of its rounds instead. Without a student,
-    presets that need none only make images. inversion, generation, learning: settings of `Inversion`, `Generation` and
-    `Learning` in place of the preset's. A teacher without BatchNorm needs records, which take its place. Raises
-    PlanError with all that a preset needs and is not given.
+    chosen, by default 256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds
+    instead. Without a student, presets that need none only make images. inversion, generation, learning: settings of
+    `Inversion`, `Generation` and `Learning` in place of the preset's. A teacher without BatchNorm needs records, which
+    take its place. Raises PlanError with all that a preset needs and is not given, and for arguments and settings that
+    it does not read.
     """
     row = find_preset(preset) if isinstance(preset, str) else preset
     given = given or Given()
+    _refuse_unread(row, student, count, student_steps, inversion, generation, learning)
     row = _fit(row, teacher, student, given)
     how = _settle(Inversion, {"low": low, "high": high, **row.inversion, **inversion})
     study = _settle(Learning, {**row.learning, **learning})
+    making = _settle(Generation, {**row.generation, **generation})
     if row.family == "generator":
         assert student is not None
-        making = _settle(Generation, {**row.generation, **generation})
         return _by_generator(teacher, student, row, shape, given, (low, high), making, study, seed, tell)
-    losses, samples, steps = list[float](), None, -(-student_steps // row.rounds)
-    lines, size = list[Mapping[str, float]](), -(-count // row.rounds)
-    classes = last_linear(teacher).out_features
-    learner = None if student is None else Learner(student, classes, study, steps * row.rounds, seed)
-    for number in range(row.rounds):
-        if row.family == "wild":
-            assert given.images is not None
-            new = choose_wild(teacher, given.images, count)
-        else:
-            facts = Facts(student if number else None, given.records, given.clusters)
-            terms = row.terms if number else {k: v for k, v in row.terms.items() if k != "competition"}
-            tells = _keep_last(lines, tell)
-            own = seed_of(seed, "round", number)
-            new = invert(teacher, terms, shape, size, options=how, facts=facts, seed=own, tell=tells)
+    if study.memory != "none":
+        raise PlanError(f"found the memory {study.memory!r}; {row.name} has all its images at hand. Leave it out")
+    count, steps = count or COUNT, student_steps or STUDENT_STEPS
+    classes, learner = last_linear(teacher).out_features, None
+    if student is not None:
+        learner = Learner(student, classes, study, steps, seed, (how.low, how.high))
+    if row.family == "wild":
+        assert given.images is not None
+        chosen = choose_wild(teacher, given.images, count)
+        losses = [] if learner is None else learn(learner, (chosen.images, chosen.scores), steps)
+        return Synthesis(chosen, (), tuple(losses))
+    return _by_gradients(teacher, learner, row, shape, given, how, count, steps, seed, tell)
+
+
+def _by_gradients(
+    teacher: nn.Module,
+    learner: Learner | None,
+    row: Preset,
+    shape: tuple[int, int, int],
+    given: Given,
+    options: Inversion,
+    count: int,
+    steps: int,
+    seed: int,
+    tell: Tell | None,
+) -> Synthesis:
+    """Images made in rounds; after each one the student learns from all so far."""
+    if count < 2 * row.rounds:
+        raise PlanError(
+            f"count is {count}; expected at least {2 * row.rounds}, as {row.name} makes images in {row.rounds} rounds"
+        )
+    samples, losses, lines = None, list[float](), list[Mapping[str, float]]()
+    for number, (size, part) in enumerate(zip(_shares(count, row.rounds), _shares(steps, row.rounds), strict=True)):
+        student = learner.student if learner is not None and number else None  # it knows nothing before the first
+        terms = {name: x for name, x in row.terms.items() if number or name not in COMPARING}
+        facts, own = Facts(student, given.records, given.clusters), seed_of(seed, "round", number)
+        hear = _keep_last(lines, tell)
+        new = invert(teacher, terms, shape, size, options=options, facts=facts, seed=own, tell=hear)
         samples = new if samples is None else _join(samples, new)
         if learner is not None:
-            losses += learn(learner, (samples.images, samples.scores), steps)
+            losses += learn(learner, (samples.images, samples.scores), part)
     assert samples is not None
     return Synthesis(samples, tuple(lines), tuple(losses))
 
 
+def _shares(whole: int, parts: int) -> list[int]:
+    """A number in parts that differ by 1 at most, larger ones first."""
+    return [whole // parts + (i < whole % parts) for i in range(parts)]
+
+
+def _refuse_unread(
+    row: Preset,
+    student: nn.Module | None,
+    count: int | None,
+    student_steps: int | None,
+    inversion: Options,
+    generation: Options,
+    learning: Options,
+) -> None:
+    """Raise PlanError for arguments that a preset does not read, and for numbers out of range."""
+    unread = {*UNREAD[row.family], *(() if student is not None else ("student_steps", "learning"))}
+    given = {"count": count is not None, "student_steps": student_steps is not None}
+    given |= {"inversion": bool(inversion), "generation": bool(generation), "learning": bool(learning)}
+    problems = [name for name, present in given.items() if present and name in unread]
+    if problems:
+        alone = "" if student is not None else " without a student"
+        raise PlanError(f"{row.name} does not read {', '.join(problems)}{alone}; leave that out")
+    for name, value in (("count", count), ("student_steps", student_steps)):
+        if value is not None and value < 1:
+            raise PlanError(f"{name} is {value}; expected at least 1")
+
+
 def _fit(row: Preset, teacher: nn.Module, student: nn.Module | None, given: Given) -> Preset:
     """The preset as it is for this teacher. Raises PlanError with everything that it needs and is not given."""
-    if "bn" in row.terms and not batch_norms(teacher) and given.records:
+    comparing = [name for name in row.terms if name in COMPARING]
+    if row.family == "pixels" and comparing and row.rounds < 2:
+        raise PlanError(
+            f"{row.name} has {', '.join(comparing)} and one round; expected two or more, as the first one is made "
+            "without the student. Give it more rounds"
+        )
+    if "bn" in row.terms and not batchnorms(teacher) and given.records:
         row = replace(row, terms=with_records(row.terms, given.records))
     present = {
-        "batch_norm": bool(batch_norms(teacher)),
+        "batch_norm": bool(batchnorms(teacher)),
         "records": bool(given.records),
         "clusters": given.clusters is not None,
         "proxy": given.images is not None,

@@ -60,7 +60,9 @@ class Examples:
     @cached_property
     def digest(self) -> str:
         """xxh3-128 of the examples, in hex."""
-        whole = xxhash.xxh3_128(repr((sorted(self.pad.items()), self.parts, self.forms)).encode())
+        whole = xxhash.xxh3_128(
+            repr((sorted(self.pad.items()), self.parts, self.forms, sorted(self.rows.items()))).encode()
+        )
         whole.update(b"" if self.change is None else repr(self.change).encode())
         for item in self.items:
             for name, x in sorted(item.items()):
@@ -134,7 +136,16 @@ def _order(parts: tuple[tuple[int, int], ...], forms: tuple[int, ...], seed: int
 
 
 def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
-    """Several data sets as one; `most` of each are used in one time round, None for all."""
+    """Several data sets as one; `most` of each are used in one time round, None for all.
+
+    Raises PlanError for data sets that differ in their inputs, or in the shapes of their `rows`.
+    """
+    for number, each in enumerate(sets):
+        if dict(each.rows) != dict(sets[0].rows):
+            raise PlanError(
+                f"data set {number} has {_describe(each.rows)}; expected {_describe(sets[0].rows)}, as the first one "
+                "has, as a batch holds both. Give images of one shape"
+            )
     items = [item for each in sets for item in each.items]
     parts, forms = list[tuple[int, int]](), list[int]()
     for each, limit in zip(sets, most, strict=True):
@@ -142,6 +153,10 @@ def join(sets: Sequence[Examples], most: Sequence[int | None]) -> Examples:
         parts.append((count, min(count, limit or count)))
         forms += own
     return replace(sets[0], items=items, parts=tuple(parts), forms=tuple(forms))
+
+
+def _describe(rows: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} of {list(shape)}" for name, shape in rows.items()) or "no such rows"
 
 
 def split(sets: Sequence[Examples], share: float, seed: int) -> tuple[list[Examples], Examples]:

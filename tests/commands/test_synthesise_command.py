@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_commands import answer, refusal, run
-from safetensors.torch import load_file
-from transformers import ResNetConfig, ResNetForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from mergekit_lfm import FormatError, PlanError, load_model
+from mergekit_lfm.api.image_forms import pixel_range
+from mergekit_lfm.api.synthesise import _Student
+
+SIZES: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "layer_type": "basic"}
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name, width, classes in (("teacher", 8, 3), ("student", 4, 3), ("other", 4, 2)):
         torch.manual_seed(len(name))
-        sizes: dict[str, Any] = {
-            "embedding_size": width,
-            "hidden_sizes": [width, width],
-            "depths": [1, 1],
-            "layer_type": "basic",
-            "num_labels": classes,
-        }
+        sizes = {**SIZES, "embedding_size": width, "hidden_sizes": [width, width], "num_labels": classes}
         config = ResNetConfig(**sizes, num_channels=3)
         ResNetForImageClassification(config).save_pretrained(folder / name)
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16},
@@ -75,3 +77,89 @@ def test_requests_that_do_not_fit_are_refused(models: Path, tmp_path: Path, monk
         assert words in refusal(run("synthesise", "teacher", *arguments))
     assert "does not say how large its images are" in refusal(run("synthesise", "student", "-o", out))
     assert not [*tmp_path.iterdir()]
+
+
+def test_settings_that_a_preset_does_not_read_are_refused(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    out, student = str(tmp_path / "made.npz"), ["--student", "student", "--student-out", str(tmp_path / "learned")]
+    for arguments, words in (
+        (["--preset", "dfq", "--count", "4", "--steps", "2", *student], "dfq does not read count and steps"),
+        (["--preset", "dfnd", "--rounds", "4", "--images", "x.npz", *student], "dfnd does not read rounds"),
+        (["--preset", "deepdream", "--data", "x.npz"], "deepdream does not read data"),
+        (["--steps", "3"], "found steps of a student without a student"),
+    ):
+        assert words in refusal(run("synthesise", "teacher", *arguments, "-o", out))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("processor", "wanted"),
+    [
+        ({"image_mean": [0.5, 0.5], "image_std": [0.25, 0.5]}, (-2.0, 2.0)),
+        ({"image_mean": [0.5], "image_std": [0.25], "do_normalize": False}, (0.0, 1.0)),
+        ({}, (0.0, 1.0)),
+        ({"image_mean": [0.5, 0.5]}, "expected as many numbers of both"),
+        ({"image_mean": [0.5], "image_std": [0]}, "the latter above 0"),
+        ({"image_mean": [0.5], "image_std": ["x"]}, "expected as many numbers of both"),
+    ],
+)
+def test_the_range_of_pixels_is_the_processors(processor: dict[str, Any], wanted: Any) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(FormatError, match=wanted):
+            pixel_range(processor, Path("preprocessor_config.json"))
+    else:
+        assert pixel_range(processor, Path("preprocessor_config.json")) == wanted
+
+
+def test_broken_processors_are_named(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "student", "broken")
+    Path("broken/preprocessor_config.json").write_text("{")
+    assert "not JSON" in refusal(run("synthesise", "broken", "--size", "8", "-o", "made.npz"))
+
+
+def test_images_of_four_channels_are_written_without_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ResNetConfig(**SIZES, num_channels=4)
+    ResNetForImageClassification(config).save_pretrained("deep")
+    monkeypatch.setitem(sys.modules, "PIL", None)  # as if it were not installed
+    made = answer(run("synthesise", "deep", "--size", "8", "--count", "2", "--rounds", "1", "-o", "x.npz", "--json"))
+    assert made["shape"] == [4, 8, 8] and made["files"] == ["x.npz"] and not Path("x.png").exists()
+
+
+def test_names_of_files_and_modules_may_differ(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student whose file lacks the prefix of its modules, and a ViT's own statistics."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "student", "renamed")
+    file = Path("renamed/model.safetensors")
+    tensors = load_file(file)
+    save_file({name.removeprefix("resnet."): x for name, x in tensors.items()}, file, {"format": "pt"})
+    student = ["--student", "renamed", "--student-out", "learned", "--size", "8"]
+    answer(run("synthesise", str(models / "teacher"), *student, "--count", "4", "--rounds", "1", "--steps", "2",
+               "-o", "made.npz", "--json"))  # fmt: skip
+    before, after = load_file(file), load_file("learned/model.safetensors")
+    assert before.keys() == after.keys()
+    means = [name for name in before if name.endswith("running_mean")]
+    assert means and all(not torch.equal(before[name], after[name]) for name in means)
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_labels": 3,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained("vit")
+    options = ["--task", "classification", "--data", "made.npz", "-o", "gram.safetensors"]
+    assert run("stats", "gram", "vit", *options).exit_code == 0
+    lopes = ["--preset", "lopes", "--stats", "gram.safetensors", "--count", "2", "--rounds", "1", "-o", "again.npz"]
+    assert answer(run("synthesise", "vit", *lopes, "--json"))["count"] == 2
+
+
+def test_a_student_with_parts_that_no_tensor_holds_is_refused(models: Path) -> None:
+    loaded = load_model(models / "student", "classification")
+    loaded.model.add_module("more", torch.nn.BatchNorm2d(2, affine=False))
+    with pytest.raises(PlanError, match=r"hold more.running_mean, more.running_var of the student"):
+        _Student(loaded)

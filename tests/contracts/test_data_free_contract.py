@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +19,15 @@ def run(name: str, *, norm: bool = True, seed: int = 0) -> tuple[Synthesis, torc
     """A short run of a preset, and the numbers of its student."""
     teacher, student = small(0, norm), small(1)
     before = [x.clone() for x in teacher.state_dict().values()]
-    made = synthesise(
-        teacher,
-        student,
-        replace(PRESETS[name], rounds=min(2, PRESETS[name].rounds)),
-        SHAPE,
-        given=facts_about(teacher),
-        count=12,
-        student_steps=4,
-        seed=seed,
-        inversion={"steps": 2},
-        generation={"rounds": 2, "generator_steps": 2, "student_steps": 2, "batch_size": 12},
-        learning={"batch_size": 8},
-    )
+    row = replace(PRESETS[name], rounds=min(2, PRESETS[name].rounds))
+    settings: dict[str, Any] = {"count": 13, "student_steps": 4}
+    if row.family == "pixels":
+        settings["inversion"] = {"steps": 2}
+    if row.family == "generator":
+        settings = {"generation": {"rounds": 2, "generator_steps": 2, "student_steps": 2, "batch_size": 12}}
+    given, learning = facts_about(teacher), {"batch_size": 8}
+    made = synthesise(teacher, student, row, SHAPE, given=given, seed=seed, learning=learning, **settings)
+    assert len(made.samples.images) == 13 or row.family == "generator"
     assert all(torch.equal(x, y) for x, y in zip(before, teacher.state_dict().values(), strict=True))
     assert all(x.requires_grad for x in (*teacher.parameters(), *student.parameters()))
     return made, torch.cat([x.flatten().float() for x in student.state_dict().values()])
@@ -68,5 +65,31 @@ def test_rows_name_terms_that_exist_and_say_their_needs() -> None:
         synthesise(small(), None, "dfq", SHAPE)
     with pytest.raises(PlanError, match="did you mean kegnet"):
         find_preset("kegnett")
+    once = replace(PRESETS["adi"], name="own", terms={"one_hot": 1.0, "adversarial_kl": 1.0}, rounds=1)
+    with pytest.raises(PlanError, match="own has adversarial_kl and one round; expected two"):
+        synthesise(small(), small(1), once, SHAPE)
+    twice = replace(once, rounds=2)  # any comparing term waits for the second round
+    options: dict[str, Any] = {"count": 4, "student_steps": 2, "inversion": {"steps": 1}}
+    assert [*map(len, synthesise(small(), small(1), twice, SHAPE, **options).record)] == [1, 2]
+    with pytest.raises(PlanError, match=r"count is 7; expected at least 8, as adi makes images in 4 rounds"):
+        synthesise(small(), small(1), "adi", SHAPE, count=7)
+
+
+def test_arguments_that_a_family_does_not_read_are_refused() -> None:
+    given = facts_about(small())
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("dfq", {"count": 4, "inversion": {"steps": 1}}, "dfq does not read count, inversion; leave that out"),
+        ("deepinversion", {"generation": {"rounds": 1}}, "deepinversion does not read generation"),
+        ("dfnd", {"inversion": {"stps": 1}}, "dfnd does not read inversion"),
+        ("deepinversion", {"inversion": {"stps": 1}}, "did you mean steps"),
+        ("dfnd", {"learning": {"batchsize": 1}}, "did you mean batch_size"),
+        ("deepinversion", {"learning": {"memory": "replay"}}, "found the memory 'replay'"),
+        ("cmi", {"learning": {"memory": "replay"}}, "learned latents with the memory"),
+    ]
+    for name, arguments, words in cases:
+        with pytest.raises(PlanError, match=words):
+            synthesise(small(), small(1), name, SHAPE, given=given, **arguments)
+    with pytest.raises(PlanError, match="does not read student_steps without a student"):
+        synthesise(small(), None, "deepinversion", SHAPE, student_steps=3)
     with pytest.raises(PlanError, match="did you mean rounds"):
         synthesise(small(), small(1), "dfq", SHAPE, generation={"round": 3})

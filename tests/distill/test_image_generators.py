@@ -12,8 +12,9 @@ from mergekit_lfm.distill.bank import Bank
 from mergekit_lfm.distill.divergences import kd_divergence
 from mergekit_lfm.distill.generate import Generation, generate, move_towards
 from mergekit_lfm.distill.generators import Generator, build
-from mergekit_lfm.distill.learner import Learner, Learning, NoiseMatrix
+from mergekit_lfm.distill.learner import Learner, Learning, NoiseMatrix, learn
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.train.examples import seed_of
 
 
 def test_reptiles_outer_step_is_the_engines_task_arithmetic() -> None:
@@ -63,11 +64,35 @@ def test_an_attack_stays_near_and_goes_far() -> None:
     noisy = images + 0.1 * (some_images(8, 5) - 0.5).sign()
     far = [float(kd_divergence(student(x), scores).detach()) for x in (attacked, noisy)]
     assert far[0] > 2 * far[1]
+    within = Learner(student, CLASSES, Learning(attack=0.1), 10, 0, pixels=(0.0, 1.0))._attacked((images, scores))
+    assert float(within.min()) >= 0 and float(within.max()) <= 1 < float(attacked.max())
 
 
 def test_a_noise_matrix_has_rows_of_sum_one() -> None:
     matrix = NoiseMatrix(3)().detach()
     torch.testing.assert_close(matrix, torch.full((3, 3), 0.025) + (0.95 - 0.025) * torch.eye(3))
+
+
+def test_a_student_reads_new_images_once_and_in_an_order_of_its_own_for_each_time_round() -> None:
+    student, calls = small(1), list[torch.Tensor]()
+    student.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    learner = Learner(student, CLASSES, Learning(batch_size=4, noise_matrix=True), 6, 3)
+    images = torch.arange(8.0)[:, None, None, None].expand(8, *SHAPE) / 8
+    learn(learner, (images, torch.zeros(8, CLASSES)), 6)
+    orders = [
+        torch.randperm(8, generator=torch.Generator().manual_seed(seed_of(3, "order", done))) for done in (0, 2, 4)
+    ]
+    assert len(calls) == 6
+    assert [round(8 * float(x)) for each in calls for x in each[:, 0, 0, 0]] == torch.cat(orders).tolist()
+
+
+def test_contrast_reads_features_of_copies_alone() -> None:
+    student, passes = small(1), list[int]()
+    student.register_forward_pre_hook(lambda *_: passes.append(1))
+    options = Generation(rounds=2, generator_steps=3, student_steps=2, batch_size=8, latents="learned")
+    terms = {"bn": 1.0, "adversarial_kl": 1.0, "contrast": 1.0}
+    generate(small(), student, build(lambda: Generator(SHAPE), 2), terms, options=options)
+    assert len(passes) == 2 * (3 + 2)  # no pass for copies, or for the bank's images
 
 
 def test_a_bank_keeps_the_last_images() -> None:
@@ -93,5 +118,8 @@ def test_wrong_generations_are_refused() -> None:
         Learning(temperature=0, memory="all")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="needs images of another kind"):
         generate(small(), small(1), Generator(SHAPE), {"proxy": 1.0})
+    with pytest.raises(PlanError, match="learned latents with the memory 'replay'; expected none"):
+        options, replay = Generation(latents="learned"), Learning(memory="replay")
+        generate(small(), small(1), Generator(SHAPE), {"bn": 1.0}, options=options, learning=replay)
     with pytest.raises(PlanError, match="no linear layer"):
         generate(nn.Conv2d(1, 2, 3), Small(), Generator(SHAPE), {"balance": 1.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,32 @@ def test_langevin_noise_and_jitter_change_the_images() -> None:
         assert not torch.equal(plain, invert(teacher, TERMS, SHAPE, 4, options=options).images)
 
 
+def test_the_noise_has_the_size_of_langevins() -> None:
+    """sqrt(2 eps) in the first step, where nothing else moves the pixels; eps falls to a ten-thousandth."""
+    wide: dict[str, Any] = {"low": -100.0, "high": 100.0, "batch_size": 64}
+    plain, noisy = (
+        invert(small(), {"l2": 0.0}, SHAPE, 64, options=Inversion(steps=1, noise=noise, **wide)).images
+        for noise in (0.0, 0.02)
+    )
+    assert float((noisy - plain).std()) == pytest.approx(0.2, rel=0.05)
+
+
+def test_targets_go_to_the_batches_of_their_images() -> None:
+    teacher, targets = small(), torch.tensor([1, 2, 3, 1, 3, 3, 2])
+    options = Inversion(steps=60, batch_size=4)
+    made = invert(teacher, {"one_hot": 1.0}, SHAPE, 7, options=options, facts=Facts(targets=targets))
+    assert (made.labels == targets).sum() >= 6
+    for facts, words in (
+        (Facts(targets=targets[:4]), "found 4 targets for 7 images"),
+        (Facts(groups=7), "all in one batch"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            invert(teacher, {"one_hot": 1.0}, SHAPE, 7, options=options, facts=facts)
+
+
 def test_wrong_requests_are_refused() -> None:
+    with pytest.raises(PlanError, match="targets is 'impresions'; expected classes or impressions"):
+        Inversion(targets="impresions")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="steps is 0; expected at least 1; high is 0"):
         Inversion(steps=0, high=0.0)
     for terms, words in (({"records": 1.0}, "needs records"), ({"clusters": 1.0}, "needs clusters")):
@@ -66,17 +92,25 @@ def test_samples_are_files_that_commands_read(tmp_path: Path) -> None:
         save_samples(tmp_path / "made.npy", Samples(images, scores))
     with pytest.raises(PlanError, match="2 channels"):
         draw_grid(Samples(torch.zeros(1, 2, 4, 4), scores[:1]))
+    deep = Samples(torch.zeros(10, 4, 8, 8), scores)  # of four channels, as of satellites
+    assert [path.name for path in save_samples(tmp_path / "deep.npz", deep)] == ["deep.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep.npz", "made.npz", "made.png"]
 
 
-def test_a_grid_has_a_class_in_turn(tmp_path: Path) -> None:
+def test_a_grid_has_a_column_for_each_class(tmp_path: Path) -> None:
     from PIL import Image
 
-    shades = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    samples = Samples(shades[:, None, None, None].expand(4, 1, 32, 32), torch.eye(2)[torch.tensor([0, 0, 1, 1])])
+    labels = torch.tensor([0, 0, 0, 5, 5, 9])
+    shades = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    samples = Samples(shades[:, None, None, None].expand(6, 1, 32, 32), torch.eye(10)[labels])
     save_samples(tmp_path / "made.npz", samples)
     with Image.open(tmp_path / "made.png") as image:
-        pixels = np.asarray(image)
-    assert pixels.shape == (66, 66) and pixels[0, 0] == pixels[33, 0] == 0 and pixels[0, 33] == pixels[33, 33] == 255
+        table = np.asarray(image)
+    assert table.shape == (99, 99)
+    assert table[::33, ::33].tolist() == [[0, 153, 255], [51, 204, 255], [102, 255, 255]]  # white for an empty place
+    many = draw_grid(Samples(some_images(60), torch.eye(60)))
+    with Image.open(io.BytesIO(many)) as image:
+        assert image.size == (20 * 33, 3 * 33)
 
 
 def test_wild_images_are_those_that_the_teacher_is_surest_of() -> None:

@@ -15,11 +15,11 @@ from helpers_editing import LLAMA, trained_tokenizer
 from helpers_tune import transformers
 from safetensors.torch import load_file
 
-from mergekit_lfm import FormatError
+from mergekit_lfm import FormatError, PlanError
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.runtime.images import digest_data
 from mergekit_lfm.runtime.load import load_model
-from mergekit_lfm.train.examples import IGNORED, Examples
+from mergekit_lfm.train.examples import IGNORED, Examples, join
 from mergekit_lfm.train.losses import next_token
 from mergekit_lfm.train.texts import read_examples
 
@@ -258,3 +258,16 @@ def test_lines_and_models_that_do_not_fit_images_are_named() -> None:
     trained_tokenizer().save_pretrained("llama")
     assert "is a LlamaForCausalLM, which takes texts alone" in message(line, model="llama")
     assert not Path("x").exists() and not Path("x.training").exists()
+
+
+def test_data_sets_of_images_of_two_shapes_are_refused() -> None:
+    """A batch holds examples of both, so the rows must be of one shape; and shapes count for the digest."""
+
+    def images(side: int, named: int | None = None) -> Examples:
+        item = {"input_ids": torch.tensor([1]), "pixel_values": torch.zeros(1, 3, side, side)}
+        return Examples([item], rows={"pixel_values": (3, named or side, named or side)})
+
+    assert len(join([images(16), images(16)], [None, None])) == 2
+    with pytest.raises(PlanError, match=r"data set 1 has pixel_values of \[3, 32, 32\]; expected .*\[3, 16, 16\]"):
+        join([images(16), images(32)], [None, None])
+    assert images(16).digest != images(16, 32).digest
