@@ -20,6 +20,7 @@ from mergekit_lfm.recipe.eval_recipe import EvalRecipe
 from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.generate_recipe import GenerateRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
+from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
 from mergekit_lfm.recipe.student_recipe import StudentRecipe
@@ -147,6 +148,17 @@ DISTILL = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"threads"}),
 )
+META = Job(
+    name="meta",
+    makes="an initialisation",
+    parse=MetaRecipe.parse,
+    plan=_later("meta_plans.plan_meta"),
+    run=_later("tune.tune_planned"),
+    show="initialisations",
+    suffix=_suffix_of_tuning,
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
 STATS = Job(
     name="stats",
     makes="a statistics file",
@@ -197,7 +209,7 @@ STUDENT = Job(
     show="students",
 )
 JOBS: Mapping[str, Job] = {
-    job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, GENERATE, HEAD, STATS, STUDENT, TUNE)
+    job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, GENERATE, HEAD, META, STATS, STUDENT, TUNE)
 }
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Taught:
     scores: Mapping[str, Any]
     judge: Judge | None = None
     before: Any = None
+    documents: Mapping[str, bytes] = field(default_factory=dict)
 
     def begin(self, loaded: Loaded, examples: Examples) -> tuple[Examples, Loss]:
         """The examples with their numbers, and the loss of the student by its teachers.

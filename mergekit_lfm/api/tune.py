@@ -30,7 +30,7 @@ from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.runtime.subject import Subject, make_subject
 from mergekit_lfm.store.locks import lock_folder
 from mergekit_lfm.store.places import check_apart
-from mergekit_lfm.train.examples import Examples, seed_of
+from mergekit_lfm.train.examples import Batches, seed_of
 from mergekit_lfm.train.loop import STATE, fit, mean_loss
 from mergekit_lfm.train.losses import LOSSES
 from mergekit_lfm.train.processes import Group, joined
@@ -70,6 +70,7 @@ def tune_model(
     patience: int | None = None,
     checkpointing: bool = False,
     autocast: bool = False,
+    optimizer: str | None = None,
     seed: int = 0,
     device: str | None = None,
     threads: int | None = None,
@@ -187,7 +188,7 @@ def _make_ready(planned: PlannedTuning, data: TuneData | None = None) -> _Ready:
     check_adapter(planned, prepared)
     check_prompt(recipe, prepared)
     if data is None:
-        data = read_all(leave_room(recipe, loaded, prepared.virtual), planned)
+        data = read_all(leave_room(recipe, loaded, prepared.virtual), planned, fits=recipe.labels_fit)
     else:
         lengthen_for(loaded, [data.examples])  # which sets the token of padding in the model's config
     decay = max([options.weight_decay, *(group.weight_decay or 0.0 for group in options.groups)])
@@ -226,9 +227,10 @@ def _train(
     loaded, prepared, subject, data, size = ready
     start = {name: x.detach().clone() for name, x in prepared.model.named_parameters() if x.requires_grad}
     trained = sum(x.numel() for x in start.values()) if prepared.count is None else prepared.count
-    examples, base = data.examples, None
+    examples: Batches = data.examples
+    base = None
     if lessons is not None:
-        examples, base = lessons.begin(loaded, examples)
+        examples, base = lessons.begin(loaded, data.examples)
     loss = build_loss(recipe.task, recipe.loss, start if "l2sp" in recipe.loss else {}, base)
     judge = partial(mean_loss, prepared.model, loss=LOSSES[recipe.task], options=options)
     before = {name: judge(each) for name, each in data.held_out.items()}
@@ -251,14 +253,14 @@ def _train(
     tuned = Tuned(makes, history.steps, trained, size, *reached, facts, held_out)
     if group.rank:
         return tuned, []
-    findings = write_result(planned, prepared, subject, tuned)
+    findings = write_result(planned, prepared, subject, tuned, {} if lessons is None else lessons.documents)
     (training / STATE).unlink(missing_ok=True)
     if lessons is not None:
         lessons.clear()
     return tuned, findings
 
 
-def _facts(line: Mapping[str, Any], examples: Examples) -> str:
+def _facts(line: Mapping[str, Any], examples: Batches) -> str:
     """The loss of a step and its pace, in words."""
     unit = "tokens" if any(name.endswith("input_ids") for name in examples.pad) else "examples"
     return f"loss {line['loss']:.4g}, {line['per_second']:,.0f} {unit}/s"

@@ -33,8 +33,8 @@ def read_all(loaded: Loaded, planned: PlannedTuning, *, fits: bool = True) -> Tu
     Raises PlanError for files that do not fit each other, FormatError for damaged ones.
     """
     recipe = planned.recipe
-    sets = [_read(file, loaded, planned, fits=fits) for file in recipe.files]
-    dev = [] if recipe.dev_file is None else [_read(recipe.dev_file, loaded, planned, fits=fits)]
+    sets = [read_file(file, loaded, planned, fits=fits) for file in recipe.files]
+    dev = [] if recipe.dev_file is None else [read_file(recipe.dev_file, loaded, planned, fits=fits)]
     files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
     for file, each in zip(files, [*sets, *dev], strict=True):
         if each.items[0].keys() != sets[0].items[0].keys():
@@ -83,7 +83,8 @@ def _divide(recipe: TrainingRecipe, sets: list[Examples], dev: Examples | None) 
     return TuneData(join(trained, most), dev, others)
 
 
-def _read(file: DataFile, loaded: Loaded, planned: PlannedTuning, *, fits: bool) -> Examples:
+def read_file(file: DataFile, loaded: Loaded, planned: PlannedTuning, *, fits: bool) -> Examples:
+    """The examples of a file. fits: as of `read_all`."""
     recipe, path = planned.recipe, planned.path_of(file)
     options: dict[str, Any] = {"window": recipe.window, "templates": file.templates, "labelled": recipe.is_labelled}
     examples = read_examples(path, loaded, **options)

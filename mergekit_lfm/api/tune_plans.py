@@ -33,7 +33,7 @@ from mergekit_lfm.views.adapted import open_found
 if TYPE_CHECKING:
     from mergekit_lfm.machine.progress import Progress
     from mergekit_lfm.runtime.load import Loaded
-    from mergekit_lfm.train.examples import Examples
+    from mergekit_lfm.train.examples import Batches, Examples
     from mergekit_lfm.train.losses import Loss
 
 TRAINING = ".training"  # ends the name of the folder with the state and the metrics, beside OUT
@@ -63,11 +63,14 @@ class Lessons(Protocol):
     """The lessons of other models about the data of a training.
 
     begin: from the student, as it will be trained, and its examples to what is trained on, and the loss in place of the
-    task's. end: facts about the trained student. clear: removes the files of the training.
+    task's. end: facts about the trained student. documents: files for the folder of the result. clear: removes the
+    files of the training.
     """
 
-    def begin(self, loaded: Loaded, examples: Examples, /) -> tuple[Examples, Loss]: ...
+    def begin(self, loaded: Loaded, examples: Examples, /) -> tuple[Batches, Loss]: ...
     def end(self, loaded: Loaded, /) -> Mapping[str, Any]: ...
+    @property
+    def documents(self) -> Mapping[str, bytes]: ...
     def clear(self) -> None: ...
 
 
@@ -98,7 +101,7 @@ class PlannedTuning:
         """All that determines the result: the recipe, the model, and the content of the data."""
         recipe = self.recipe
         whole = {**recipe.normalised(), "device": self.device.partition(":")[0], "content": self.contents}
-        files = [*recipe.files, *([recipe.dev_file] if recipe.dev_file else [])]
+        files = [*recipe.files, *recipe.more_files, *([recipe.dev_file] if recipe.dev_file else [])]
         named = [file.ref for file in recipe.named_files]
         refs = [recipe.model, *(file.ref for file in files), *([recipe.stats] if recipe.stats else []), *named]
         inputs = (RequestInput(recipe.model, self.source, self.source.config), *self.others)
@@ -134,7 +137,7 @@ class PlannedTuning:
     def files(self) -> tuple[Path, ...]:
         """The files that are read besides the model."""
         recipe = self.recipe
-        found: list[DataFile | Path | None] = [*recipe.files, recipe.dev_file, recipe.statistics]
+        found: list[DataFile | Path | None] = [*recipe.files, *recipe.more_files, recipe.dev_file, recipe.statistics]
         paths = [self.path_of(file) if isinstance(file, DataFile) else file for file in found if file is not None]
         named = [file.path for file in recipe.named_files]
         return (*paths, *(path / ADAPTER_WEIGHTS[0] if path.is_dir() else path for path in named))
@@ -148,7 +151,8 @@ class PlannedTuning:
         """The files with the examples of functions, in a folder that goes when this plan does."""
         folder = Path(mkdtemp())
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        files = [file for file in (*self.recipe.files, self.recipe.dev_file) if file is not None and file.is_function]
+        every = (*self.recipe.files, *self.recipe.more_files, self.recipe.dev_file)
+        files = [file for file in every if file is not None and file.is_function]
         return {ref: write_examples(ref, folder) for ref in {file.ref: None for file in files}}
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,8 +49,14 @@ class Tuned:
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, tuned: Tuned) -> list[str]:
-    """Write the result; returns findings."""
+def write_result(
+    planned: PlannedTuning,
+    prepared: Prepared,
+    subject: Subject,
+    tuned: Tuned,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[str]:
+    """Write the result; returns findings. more: files beside a checkpoint."""
     facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
     planned.check_unchanged()
     if prepared.adapter is not None:
@@ -66,7 +73,7 @@ def write_result(planned: PlannedTuning, prepared: Prepared, subject: Subject, t
     prepared.fold()
     changed = changes_of(subject, planned.source)
     if planned.recipe.declaration.makes == "checkpoint":
-        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode()}
+        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode(), **more}
         request = planned.answer
         left = save_checkpoint(
             planned.source,

@@ -20,6 +20,7 @@ from mergekit_lfm.commands.init import init
 from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import MergekitGroup
+from mergekit_lfm.commands.meta import meta
 from mergekit_lfm.commands.offsite import offsite
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.plan import plan
@@ -62,6 +63,7 @@ for command in (
         student,
         tune,
         distill,
+        meta,
         generate,
         average,
         export,

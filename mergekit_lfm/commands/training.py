@@ -9,7 +9,7 @@ import click
 
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.options import F, together
-from mergekit_lfm.recipe.training import SCHEDULES
+from mergekit_lfm.recipe.training import OPTIMIZERS, SCHEDULES
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 
 
@@ -66,31 +66,14 @@ data_options = together(
     ),
     click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder or file to write."),
 )
-# The way of a training.
-training_options = together(
-    click.option(
-        "--dev",
-        callback=_read_dev,
-        metavar="FILE|SHARE",
-        help="A data file, or a share of --data, as 0.1; the state with the least loss on it stays.",
-    ),
-    click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`."),
-    click.option(
-        "--train",
-        multiple=True,
-        metavar="PATTERN",
-        help="Train, of what the method trains, those parameters alone whose names match, as '*layers.0.*'. Can "
-        "be given several times.",
-    ),
+# The steps of a training.
+step_options = together(
     click.option(
         "--window",
         type=click.IntRange(min=1),
         help="The most tokens of an example. [default: as many as the model takes; for texts of lm at most 512]",
     ),
-    click.option(
-        "--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer, AdamW. [default: 200]"
-    ),
-    options.batch_size_option("a step"),
+    click.option("--steps", type=click.IntRange(min=1), default=200, help="Steps of the optimizer. [default: 200]"),
     click.option("--accumulate", type=click.IntRange(min=1), default=1, help="Cut each batch into this many parts."),
     click.option(
         "--learning-rate",
@@ -117,6 +100,34 @@ training_options = together(
     ),
     click.option("--clip", type=click.FloatRange(0), default=1.0, help="Largest norm of the gradient, 0 for any."),
     click.option(
+        "--optimizer",
+        type=click.Choice(OPTIMIZERS),
+        help="What makes the steps: AdamW, or plain descent. [default: adamw]",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]"),
+    options.device_option("Where the model runs", default=None),
+    click.option("--threads", type=click.IntRange(min=1), help="The number of threads. [default: torch's choice]"),
+    options.overwrite,
+    options.output,
+)
+# The way of a training on examples.
+training_options = together(
+    click.option(
+        "--dev",
+        callback=_read_dev,
+        metavar="FILE|SHARE",
+        help="A data file, or a share of --data, as 0.1; the state with the least loss on it stays.",
+    ),
+    click.option("--stats", type=click.Path(path_type=Path), help="For mask: a file of `stats fisher`."),
+    click.option(
+        "--train",
+        multiple=True,
+        metavar="PATTERN",
+        help="Train, of what the method trains, those parameters alone whose names match, as '*layers.0.*'. Can "
+        "be given several times.",
+    ),
+    options.batch_size_option("a step"),
+    click.option(
         "--evaluate-every", type=click.IntRange(min=1), help="Steps between two looks at --dev. [default: all]"
     ),
     click.option(
@@ -124,11 +135,7 @@ training_options = together(
     ),
     click.option("--checkpointing", is_flag=True, help="Compute activations again to save memory."),
     click.option("--autocast", is_flag=True, help="Multiply matrices in bfloat16, which is faster on a GPU."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]"),
-    options.device_option("Where the model runs", default=None),
-    click.option("--threads", type=click.IntRange(min=1), help="The number of threads. [default: torch's choice]"),
-    options.overwrite,
-    options.output,
+    step_options,
 )
 
 

@@ -10,9 +10,14 @@ from pathlib import Path
 from mergekit_lfm.errors import PlanError
 
 
+def total_memory() -> int:
+    """The RAM of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def default_memory() -> int:
     """A quarter of the RAM, at most 4 GB."""
-    return min(4_000_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    return min(4_000_000_000, total_memory() // 4)
 
 
 def default_threads() -> int:

@@ -71,9 +71,7 @@ class DistillRecipe(TrainingRecipe):
 
     def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
         yield from check_distill_terms(self.loss, self.task, method.makes)
-        if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
-            expected = "a method that trains a model, a patch, or one adapter"
-            yield problem_at("method", FOUND, found=method.name, expected=expected)
+        yield from self.check_makes(method)
 
     def _read_more(self, where: Where) -> Iterable[Problem]:
         found = list[FoundModel]()

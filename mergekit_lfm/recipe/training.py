@@ -10,6 +10,8 @@ from mergekit_lfm.errors import PlanError, did_you_mean
 
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULES = ("constant", "linear", "cosine")
+Optimizer = Literal["adamw", "sgd"]
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Options:
     a line or half a cosine, or constant. weight_decay: of tensors of two or more axes. clip: the largest norm of the
     gradient, 0 for any. evaluate_every: steps between two looks at the development set, None for one at the end.
     patience: looks without a better loss before training stops, None for none; the best state is kept. checkpointing:
-    compute activations again in place of keeping them. autocast: matrix products in bfloat16. groups: parameters with
-    a rate or a weight decay of their own; each is in the first group that it matches.
+    compute activations again in place of keeping them. autocast: matrix products in bfloat16. optimizer: "adamw", or
+    "sgd", plain descent. groups: parameters with a rate or a weight decay of their own; each is in the first group that
+    it matches.
     """
 
     steps: int = 200
@@ -60,6 +63,7 @@ class Options:
     patience: int | None = None
     checkpointing: bool = False
     autocast: bool = False
+    optimizer: Optimizer = "adamw"
     groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,9 +87,13 @@ class Options:
             problems.append(f"warmup is {self.warmup}; expected a share of the steps from 0 to 1")
         if self.accumulate > self.batch_size:
             problems.append(f"accumulate is {self.accumulate}; expected at most batch_size, {self.batch_size}")
-        if self.schedule not in SCHEDULES:
-            cure = did_you_mean(self.schedule, SCHEDULES)
-            problems.append(f"schedule is {self.schedule!r}; expected {', '.join(SCHEDULES)}; {cure}")
+        for name, value, known in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ):
+            if value not in known:
+                cure = did_you_mean(value, known)
+                problems.append(f"{name} is {value!r}; expected {', '.join(known)}; {cure}")
         problems += [problem for group in self.groups for problem in group.problems]
         if problems:
             raise PlanError("; ".join(problems))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from mergekit_lfm.recipe.form import Strict, read_reference
 from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.templates import Template
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.runtime.calls import is_function
 
 A_FILE = "a .jsonl, .txt or .npz file, or a folder of images"
 
@@ -73,6 +74,20 @@ class DataFile:
     templates: tuple[Template, ...] = ()
     cluster: str | None = None
     is_function: bool = False
+
+
+def find_data(entry: DataEntry, where: Where, place: str) -> tuple[DataFile | None, list[Problem]]:
+    """The file of an entry, or the function; a recipe in a file runs none."""
+    found = DataFile(
+        entry.path, Path(), entry.most, entry.templates, entry.cluster, is_function=is_function(entry.path)
+    )
+    if found.is_function:
+        expected = "a file: a recipe runs no code; name functions by `tune --data`, or in Python"
+        wrong = problem_at(place, FOUND, found=entry.path, expected=expected)
+        return found, [] if where.folder is None else [wrong]
+    functions = ", or package.module:function" if where.folder is None else ""
+    file, problems = read_file(entry.path, where, place, f"{A_FILE}{functions}")
+    return None if file is None else replace(found, path=file.path), problems
 
 
 def read_named(text: str, parameter: str, where: Where) -> tuple[tuple[DataFile, ...], list[Problem]]:

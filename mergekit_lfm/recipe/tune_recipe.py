@@ -21,11 +21,10 @@ from mergekit_lfm.recipe.options import unknown_method
 from mergekit_lfm.recipe.phases import Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
-from mergekit_lfm.recipe.training import Group, Options, Schedule
-from mergekit_lfm.recipe.tune_data import A_FILE, DataEntry, DataFile, Dev, Entries, check_clusters, read_named
+from mergekit_lfm.recipe.training import Group, Optimizer, Options, Schedule
+from mergekit_lfm.recipe.tune_data import DataEntry, DataFile, Dev, Entries, check_clusters, find_data, read_named
 from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
-from mergekit_lfm.runtime.calls import is_function
 from mergekit_lfm.runtime.tasks import TASKS, TUNE_TASKS
 
 
@@ -78,6 +77,7 @@ class TrainingRecipe(JobForm):
     patience: int | None = Field(default=None, strict=True)
     checkpointing: bool = Field(default=False, strict=True)
     autocast: bool = Field(default=False, strict=True)
+    optimizer: Optimizer | None = None
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
     output: Annotated[str | None, BeforeValidator(read_reference)] = None
 
@@ -97,17 +97,9 @@ class TrainingRecipe(JobForm):
         named = [(f"data[{i}].path", entry) for i, entry in enumerate(self.data)]
         named += [("dev", DataEntry(path=self.dev))] if isinstance(self.dev, str) else []
         for place, entry in named:
-            if is_function(entry.path):
-                if where.folder is not None:
-                    expected = "a file: a recipe runs no code; name functions by `tune --data`, or in Python"
-                    problems.append(problem_at(place, FOUND, found=entry.path, expected=expected))
-                files.append(DataFile(entry.path, Path(), entry.most, entry.templates, entry.cluster, is_function=True))
-                continue
-            functions = ", or package.module:function" if where.folder is None else ""
-            found, missing = read_file(entry.path, where, place, f"{A_FILE}{functions}")
+            file, missing = find_data(entry, where, place)
             problems += missing
-            if found is not None:
-                files.append(DataFile(entry.path, found.path, entry.most, entry.templates, entry.cluster))
+            files += [] if file is None else [file]
         problems += [
             *read_task(self.task, TUNE_TASKS),
             *check_clusters(self.data, self.held_out, self.task),
@@ -168,6 +160,13 @@ class TrainingRecipe(JobForm):
         """The problems of the loss."""
         return check_terms(self.loss, self.task, method.makes)
 
+    @staticmethod
+    def check_makes(method: TuneMethod[Any]) -> Iterator[Problem]:
+        """The problem of a method whose result is more than a model, a patch or one adapter."""
+        if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
+            expected = "a method that trains a model, a patch, or one adapter"
+            yield problem_at("method", FOUND, found=method.name, expected=expected)
+
     def _read_more(self, where: Where) -> Iterable[Problem]:  # noqa: ARG002
         """Read what the job has besides; the problems."""
         return ()
@@ -181,12 +180,21 @@ class TrainingRecipe(JobForm):
             yield problem_at("steps", FOUND, found=str(self.steps), expected=f"{total}, the sum over the phases")
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups", "steps"}
-        rate = method.rate if self.learning_rate is None else self.learning_rate
+        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups", "optimizer", "steps"}
+        rate = self._default_rate(method) if self.learning_rate is None else self.learning_rate
         groups = tuple(Group(**dict(entry)) for entry in self.groups)
         steps = sum(phase.steps for phase in self.phases) or self.steps
         rest = {name: getattr(self, name) for name in names}
-        return Options(steps=steps, learning_rate=rate, groups=groups, **rest)
+        return Options(steps=steps, learning_rate=rate, groups=groups, optimizer=self._optimizer, **rest)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        """What makes the steps."""
+        return self.optimizer or "adamw"
+
+    def _default_rate(self, method: TuneMethod[Any]) -> float:
+        """The learning rate where the user gives none."""
+        return method.rate
 
     @property
     def found(self) -> FoundModel:
@@ -224,6 +232,16 @@ class TrainingRecipe(JobForm):
     def is_labelled(self) -> bool:
         """Whether the labels, or positives, of the data are read."""
         return True
+
+    @property
+    def labels_fit(self) -> bool:
+        """Whether the labels of the data have to be classes of the model."""
+        return True
+
+    @property
+    def more_files(self) -> tuple[DataFile, ...]:
+        """Files of examples that are read besides those of the training."""
+        return ()
 
     @property
     def by_places(self) -> bool:
@@ -267,6 +285,7 @@ class TrainingRecipe(JobForm):
     def normalised(self) -> dict[str, Any]:
         """The recipe in one canonical JSON-able form, which parses back to the same tuning on any machine."""
         options = asdict(self._options)
+        options |= {"optimizer": self.optimizer}
         groups = [{k: v for k, v in group.items() if v is not None} for group in options.pop("groups")]
         optional = {key: getattr(self, key) for key in ("dev", "stats", "window") if getattr(self, key) is not None}
         parts: dict[str, Any] = {} if self.train is None else {"train": [*self.train]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import xxhash
@@ -21,6 +21,22 @@ IGNORED = -100  # a label that no loss counts, by torch's convention
 
 Batch = Mapping[str, Tensor]
 Change = Callable[[Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]  # an example, made anew at random
+
+
+class Batches(Protocol):
+    """What `fit` trains on: `Examples`, or episodes. A batch is a function of the seed and the step alone.
+
+    digest: of all that decides the batches; pad: as of `Examples`. step: the numbers of a step's members; batch: these,
+    as inputs of the loss; in_order: all once.
+    """
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def pad(self) -> Mapping[str, int]: ...
+    def step(self, step: int, size: int, seed: int, /) -> list[int]: ...
+    def batch(self, numbers: Sequence[int], draw: int = 0, /) -> Mapping[str, Tensor]: ...
+    def in_order(self, size: int, /) -> Iterator[Mapping[str, Tensor]]: ...
 
 
 @dataclass(frozen=True, eq=False)

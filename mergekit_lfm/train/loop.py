@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mergekit_lfm.errors import PlanError, reason
 from mergekit_lfm.machine.pauses import Pauses, delay_interrupts
 from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.train.examples import Examples, seed_of
+from mergekit_lfm.train.examples import Batches, seed_of
 from mergekit_lfm.train.hooks import Hook
 from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.optimizer import make_optimizer
@@ -56,18 +56,18 @@ class History:
 
 def fit(
     model: nn.Module,
-    examples: Examples,
+    examples: Batches,
     loss: Loss,
     options: Options,
     *,
-    dev: Examples | None = None,
+    dev: Batches | None = None,
     hooks: Sequence[Hook] = (),
     place: Path | None = None,
     request: str = "",
     pauses: Pauses | None = None,
     tell: Tell | None = None,
 ) -> History:
-    """Train the parameters of a model that require gradients, in place, by AdamW.
+    """Train the parameters of a model that require gradients, in place, by AdamW or plain descent.
 
     dev: a development set: the parameters with the least loss on it are those that stay. place: a folder for the state,
     which is saved at `pauses` and on Ctrl-C, and for the metrics, a line of JSON for each step; request: what is being
@@ -175,7 +175,7 @@ def _autocast(device: torch.device, options: Options) -> AbstractContextManager[
 
 
 def _step(
-    state: State, examples: Examples, loss: Loss, options: Options, file: Path | None, request: str
+    state: State, examples: Batches, loss: Loss, options: Options, file: Path | None, request: str
 ) -> dict[str, Any]:
     """One step of the optimizer; its line of the record."""
     step, model, group = state.done, state.model, current_group()
@@ -257,7 +257,7 @@ def _is_over(looked: Looked, options: Options) -> bool:
     return options.patience is not None and looked.waits >= options.patience
 
 
-def _look(state: State, dev: Examples, loss: Loss, options: Options) -> float:
+def _look(state: State, dev: Batches, loss: Loss, options: Options) -> float:
     """The loss on the development set; keeps the parameters if it is the least so far."""
     value = mean_loss(state.model, dev, loss, options)
     if not math.isfinite(value):
@@ -271,7 +271,7 @@ def _look(state: State, dev: Examples, loss: Loss, options: Options) -> float:
     return value
 
 
-def mean_loss(model: nn.Module, examples: Examples, loss: Loss, options: Options) -> float:
+def mean_loss(model: nn.Module, examples: Batches, loss: Loss, options: Options) -> float:
     """The mean loss over all examples, in evaluation mode; the model's mode is as before afterwards.
 
     Several processes share the examples, and have the same mean.

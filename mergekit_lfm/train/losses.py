@@ -91,6 +91,11 @@ def ranking(model: nn.Module, batch: Batch) -> Terms:
     Texts are `input_ids`, their positives `positive_input_ids`. Positives that equal a text's own are left out of its
     others. Source: Henderson et al. 2017, arXiv 1705.00652, section 4.4; van den Oord et al. 2018, arXiv 1807.03748.
     """
+    return cross_entropy(*pair_scores(model, batch))
+
+
+def pair_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The scores of positives for each text, [n, n], and the number of its own, [n]; as `ranking` has them."""
     mine = {name: x for name, x in batch.items() if not name.startswith("positive_")}
     other = {name.removeprefix("positive_"): x for name, x in batch.items() if name.startswith("positive_")}
     if not other:
@@ -99,8 +104,7 @@ def ranking(model: nn.Module, batch: Batch) -> Terms:
     scores = SCALE * texts @ positives.T
     ids = other["input_ids"]
     same = (ids[:, None] == ids[None]).all(-1) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-    scores = scores.masked_fill(same, -torch.inf)
-    return cross_entropy(scores, torch.arange(len(ids), device=ids.device))
+    return scores.masked_fill(same, -torch.inf), torch.arange(len(ids), device=ids.device)
 
 
 def pool(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The optimizer of a training, AdamW, with groups of parameters that have settings of their own."""
+"""The optimizer of a training, AdamW or plain descent, with groups of parameters that have settings of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergekit_lfm.train.hooks import Parameters
 
 
 def make_optimizer(parameters: Parameters, options: Options) -> torch.optim.Optimizer:
-    """AdamW, with weight decay for matrices alone. share: of the learning rate, for the parameters of a group."""
+    """AdamW or plain descent, with weight decay for matrices alone. share: of the learning rate, for a group."""
     groups = []
     for group, names in _members(parameters, options.groups):
         rate = group.learning_rate or options.learning_rate
@@ -22,6 +22,8 @@ def make_optimizer(parameters: Parameters, options: Options) -> torch.optim.Opti
             members = [parameters[name] for name in names if (parameters[name].ndim > 1) == decays]
             settings = {"weight_decay": decay * decays, "share": rate / options.learning_rate}
             groups += [{"params": members, **settings}] if members else []
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, fused=True)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 

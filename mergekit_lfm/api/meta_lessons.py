@@ -1,0 +1,126 @@
+"""The part of a meta-learning that a tuning lacks: episodes and the loss over them, and how the result is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mergekit_lfm.api.meta_plans import PlannedMeta
+from mergekit_lfm.api.tune_data import read_file
+from mergekit_lfm.machine.progress import Progress
+from mergekit_lfm.meta.algorithms import build_loss
+from mergekit_lfm.meta.baselines import head_names, joint_start, plain_copy, random_start
+from mergekit_lfm.meta.episodes import Episodes
+from mergekit_lfm.meta.evaluate import evaluate
+from mergekit_lfm.meta.losses import Inner, MetaLoss, name_of
+from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
+from mergekit_lfm.recipe.meta_recipe import TestEntry
+from mergekit_lfm.recipe.training import Options
+from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.train.examples import Examples, join, seed_of
+from mergekit_lfm.train.loop import STATE
+from mergekit_lfm.train.losses import Loss
+from mergekit_lfm.train.state import METRICS
+from mergekit_lfm.train.texts import lengthen_for
+
+LEARNED = "meta-{}.bin"  # a file beside the model: a reader of checkpoints must not take it for weights
+PLAIN = replace(ALGORITHMS["maml"], first_order=True)  # descent on all that is trained
+JOINT = "joint"  # the folder of the joint training's state, beside the state of the meta-learning
+
+
+class MetaLessons:
+    """Episodes, the loss over them, and the judgement of what was learned. examples: those of the training."""
+
+    def __init__(self, planned: PlannedMeta, examples: Examples, progress: Progress) -> None:
+        self.planned, self.examples, self.progress = planned, examples, progress
+        self.recipe, self.documents = planned.meta, dict[str, bytes]()
+        self.loss: MetaLoss | None = None
+        self.before = dict[str, Tensor]()
+
+    def begin(self, loaded: Loaded, examples: Examples) -> tuple[Episodes, Loss]:
+        """The episodes, and the loss over them; what is learned beside the model becomes a part of it."""
+        recipe, model, row = self.recipe, loaded.model, self.recipe.row
+        self.before = {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
+        head = head_names(model) if row.head_only else frozenset[str]()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed_of(recipe.seed, "beside"))
+            self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head)
+        episodes = Episodes(examples, recipe.ways, recipe.shots, recipe.queries, seed=recipe.seed)
+        if row.hard_tasks:
+            episodes = replace(episodes, hardness=self.loss.watch(episodes.classes))
+        return episodes, self.loss
+
+    def end(self, loaded: Loaded) -> dict[str, Any]:
+        """The scores of the result and of what it is compared with on tasks that were not seen; nothing without them.
+
+        What was learned beside the model goes into its parameters, or into a file.
+        """
+        loss = self.loss
+        assert loss is not None
+        with torch.no_grad():
+            found = {name: x.detach().clone() for name, x in loss.start().items()}
+        facts = {} if self.recipe.test is None else {"test": self._judge(loaded, loss, found)}
+        loss.fold()
+        if loss.beside is not None and self.recipe.row.has_beside:
+            tensors = {name_of(name): x.detach().contiguous() for name, x in loss.beside.named_parameters()}
+            self.documents[LEARNED.format(self.recipe.algorithm)] = save(tensors)
+        return facts
+
+    def clear(self) -> None:
+        """Remove the state of the joint training."""
+        folder = self.planned.training / JOINT
+        for name in (STATE, METRICS):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+    def _judge(self, loaded: Loaded, loss: MetaLoss, found: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The scores of the starts, each in the cell of the grid that is best for it."""
+        recipe, test, model = self.recipe, self.recipe.test, loaded.model
+        assert test is not None
+        sets = [read_file(file, loaded, self.planned, fits=False) for file in recipe.more_files]
+        sets = lengthen_for(loaded, [self.examples, *sets])[1:]
+        seed = seed_of(recipe.seed, "test")
+        episodes = Episodes(join(sets, [None] * len(sets)), recipe.ways, recipe.shots, recipe.queries, seed=seed)
+        starts = {"start": self.before, "joint": self._joint(model, test)}
+        if recipe.declaration.makes == "checkpoint":  # else a part of a model is trained, which is not drawn at random
+            starts = {"random": random_start(model, self.before, seed_of(recipe.seed, "random")), **starts}
+        plain = build_loss(plain_copy(model, self.before), recipe.task, PLAIN, Inner(1, 0.1))
+        grid = [Inner(count, rate) for rate in test.rates for count in test.steps]
+        scores = {name: evaluate(plain, start, episodes, grid, test.episodes) for name, start in starts.items()}
+        if not recipe.row.adapts:
+            grid = [Inner(0, 0.0)]
+        elif recipe.row.learns_rates:
+            grid = [Inner(count, None) for count in test.steps]
+        scores[recipe.algorithm] = evaluate(loss, found, episodes, grid, test.episodes)
+        return {name: asdict(score) for name, score in scores.items()}
+
+    def _joint(self, model: nn.Module, test: TestEntry) -> dict[str, Tensor]:
+        """The parameters after ordinary training on as many examples as the episodes had."""
+        recipe, options = self.recipe, self.recipe.options
+        rate = recipe.declaration.rate if options.optimizer == "sgd" else options.learning_rate
+        ordinary = Options(
+            steps=options.steps,
+            batch_size=options.batch_size * (recipe.ways or 1) * (recipe.shots + recipe.queries),
+            accumulate=options.accumulate,
+            learning_rate=test.joint_rate or rate,
+            seed=recipe.seed,
+        )
+        with self.progress.by_step(" steps", "joint training") as report:
+            return joint_start(
+                model,
+                self.before,
+                self.examples,
+                recipe.task,
+                ordinary,
+                by_classes=recipe.ways is not None,
+                place=self.planned.training / JOINT,
+                request=f"{self.planned.answer.digest} joint",
+                tell=lambda done, whole, line: report(done, whole, f"loss {line['loss']:.4g}"),
+            )

@@ -1,0 +1,77 @@
+"""Meta-learnings that are planned: a training over episodes, and what it will hold in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
+from mergekit_lfm.distill.course import labels_of
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.progress import Progress
+from mergekit_lfm.machine.resources import total_memory
+from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.recipe.meta_memory import Need, estimate_need
+from mergekit_lfm.recipe.meta_recipe import MetaRecipe
+from mergekit_lfm.store.tensors import FLOATS
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.meta_lessons import MetaLessons
+    from mergekit_lfm.train.examples import Examples
+
+
+@dataclass(frozen=True)
+class PlannedMeta(PlannedTuning):
+    """A meta-learning that is checked, and not done yet."""
+
+    @property
+    def meta(self) -> MetaRecipe:
+        """The recipe."""
+        assert isinstance(self.recipe, MetaRecipe)
+        return self.recipe
+
+    def name_publicly(self, whole: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        public = super().name_publicly(whole, names)
+        if "test" in whole:
+            data = [{**entry, "path": names[entry["path"]]} for entry in whole["test"]["data"]]
+            public["test"] = {**whole["test"], "data": data}
+        return public
+
+    def learn(self, examples: Examples, progress: Progress) -> MetaLessons:
+        from mergekit_lfm.api.meta_lessons import MetaLessons
+
+        return MetaLessons(self, examples, progress)
+
+    @cached_property
+    def need(self) -> Need | None:
+        """The memory of a step, in bytes; None for a model whose config does not say how large its activations are."""
+        recipe = self.meta
+        numbers = sum(spec.numel for spec in self.source.values() if spec.dtype in FLOATS)
+        return estimate_need(recipe, self.source.config, numbers)
+
+
+def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memory: int | None = None) -> PlannedMeta:
+    """Check a meta-learning, and say what it would make. It reads headers and configs only.
+
+    memory: a budget in bytes, by default the machine's. Raises PlanError for a head of other classes than an
+    episode's, and for a step that needs more than the budget; and the errors of `plan_tuning`.
+    """
+    tuning = plan_tuning(recipe, out, device=device)
+    planned = PlannedMeta(tuning.recipe, tuning.out, tuning.source, tuning.device)
+    labels = labels_of(planned.source.config)
+    if recipe.ways is not None and labels not in (None, recipe.ways):
+        raise PlanError(
+            f"{recipe.model} has {labels} classes, and an episode {recipe.ways}; expected as many. Make a model with "
+            f"them by `mergekit-lfm head {recipe.model} --labels {recipe.ways}`, or set ways to {labels}"
+        )
+    need, memory = planned.need, total_memory() if memory is None else memory
+    if need is not None and need.total > memory and planned.device == "cpu":
+        whole, inner, budget = (format_size(size) for size in (need.total, need.inner, memory))
+        raise PlanError(
+            f"a step needs some {whole} of memory, {inner} of it for the inner steps of {need.tasks} tasks at once, and "
+            f"the budget is {budget}; {need.cure}"
+        )
+    return planned

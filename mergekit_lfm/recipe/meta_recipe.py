@@ -1,0 +1,163 @@
+"""Recipes of `job: meta`: an initialisation from many tasks. Checked before any work, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr
+
+from mergekit_lfm.errors import did_you_mean
+from mergekit_lfm.methods.kinds import TuneMethod
+from mergekit_lfm.recipe.files import Where
+from mergekit_lfm.recipe.form import Strict
+from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
+from mergekit_lfm.recipe.problems import Problem, problem_at
+from mergekit_lfm.recipe.training import Optimizer
+from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
+from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
+from mergekit_lfm.recipe.values import FOUND
+
+RATES, STEPS = (0.003, 0.01, 0.03, 0.1, 0.3), (1, 5, 10)  # the grid of the test
+# Settings of a training that a loss over episodes has no place for.
+UNUSED = ("loss", "dev", "train", "phases", "held_out", "checkpointing", "autocast", "evaluate_every", "patience")
+CHANGING = ("mask", "lp_ft", "layerwise")  # methods whose trained part is another one in each step
+
+
+def _as_numbers(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class TestEntry(Strict):
+    """How an initialisation is judged, on tasks that it has not seen.
+
+    data: files of such tasks. episodes: how many give the score, and how many others choose the cell of the grid of
+    rates and steps by which a start adapts. joint_rate: the learning rate of the joint training beside it.
+    """
+
+    data: Entries
+    episodes: int = Field(default=100, strict=True, ge=2)
+    rates: Annotated[tuple[float, ...], BeforeValidator(_as_numbers), Field(min_length=1)] = RATES
+    steps: Annotated[tuple[int, ...], BeforeValidator(_as_numbers), Field(min_length=1)] = STEPS
+    joint_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The entry as data."""
+        whole = self.model_dump(mode="json", exclude_none=True)
+        return {**whole, "data": [entry.facts for entry in self.data]}
+
+
+class MetaRecipe(TrainingRecipe):
+    """A meta-learning as the user wrote it. algorithm: one of `ALGORITHMS`; method: of `tune`, what is learned.
+
+    ways: classes of an episode; without it each data file is a task. shots, queries: examples to adapt on, and to judge
+    by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the algorithm's. steps: outer
+    ones, each over `batch_size` tasks. test: how the result, the start, a random start and joint training are judged.
+    """
+
+    EXPECTED: ClassVar[str] = "a mapping with model, data, task and algorithm"
+    VERB: ClassVar[str] = "meta-learning"
+
+    job: Literal["meta"]
+    algorithm: str = "maml"
+    ways: int | None = Field(default=None, strict=True, ge=2)
+    shots: int = Field(default=5, strict=True, ge=1)
+    queries: int = Field(default=15, strict=True, ge=1)
+    inner_steps: int | None = Field(default=None, strict=True, ge=1)
+    inner_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    test: TestEntry | None = None
+    batch_size: int = Field(default=4, strict=True)
+
+    _tests: tuple[DataFile, ...] = PrivateAttr(default=())
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def inner(self) -> tuple[int, float]:
+        """The steps of adapting, and their rate."""
+        return self.inner_steps or self.row.inner_steps, self.inner_rate or self.row.inner_rate
+
+    @property
+    def labels_fit(self) -> bool:
+        return False  # they are those of the data, and an episode has its own
+
+    @property
+    def is_labelled(self) -> bool:
+        return True
+
+    @property
+    def compares_batches(self) -> bool:
+        return False  # a batch is tasks, each compared by itself
+
+    @property
+    def more_files(self) -> tuple[DataFile, ...]:
+        return self._tests
+
+    def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
+        row = ALGORITHMS.get(self.algorithm)
+        if row is None:
+            cure = did_you_mean(self.algorithm, ALGORITHMS)
+            sentence = FOUND + "; {cure}"
+            yield problem_at(
+                "algorithm", sentence, found=repr(self.algorithm), expected=", ".join(ALGORITHMS), cure=cure
+            )
+            return
+        yield from self.check_makes(method)
+        if method.name in CHANGING:
+            yield problem_at("method", FOUND, found=method.name, expected="one that trains the same part in each step")
+        if self.task not in row.tasks:
+            yield problem_at("task", FOUND, found=repr(self.task), expected=f"{' or '.join(row.tasks)} for {row.name}")
+        if row.has_beside and method.makes != "checkpoint":
+            expected = f"one that makes a checkpoint, which {row.name} puts a file beside"
+            yield problem_at("method", FOUND, found=method.name, expected=expected)
+        for name in UNUSED:
+            if getattr(self, name) not in (None, False, (), {}):
+                yield problem_at(name, FOUND, found="it", expected="none in a meta-learning; leave it out")
+        if self.ways is not None and self.task != "classification":
+            yield problem_at("ways", FOUND, found=str(self.ways), expected="none for a task without classes")
+        if self.ways is None and row.kind == "metric":
+            yield problem_at("ways", FOUND, found="none", expected=f"the classes of an episode, for {row.name}")
+        if self.ways is None and len(self.data) < 2 and not self.data[0].path.count(":"):
+            expected = "several, each a task, or `ways` for episodes of classes"
+            yield problem_at("data", FOUND, found="one file", expected=expected)
+        if not row.adapts and (self.inner_steps or self.inner_rate):
+            yield problem_at("inner_steps", FOUND, found="it", expected=f"none for {row.name}, which does not adapt")
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        return self.optimizer or ALGORITHMS.get(self.algorithm, ALGORITHMS["maml"]).optimizer
+
+    def _default_rate(self, method: TuneMethod[Any]) -> float:
+        row = ALGORITHMS.get(self.algorithm)
+        return row.rate if row is not None and self._optimizer == row.optimizer == "sgd" else method.rate
+
+    def _read_more(self, where: Where) -> Iterable[Problem]:
+        files = list[DataFile]()
+        for i, entry in enumerate(self.test.data if self.test is not None else ()):
+            file, problems = find_data(entry, where, f"test.data[{i}].path")
+            yield from problems
+            files += [] if file is None else [file]
+        self._tests = tuple(files)
+        if self.test is not None:
+            yield from check_grid(self.test)
+
+    def normalised(self) -> dict[str, Any]:
+        steps, rate = self.inner
+        own: dict[str, Any] = {"algorithm": self.algorithm, "shots": self.shots, "queries": self.queries}
+        own |= {"ways": self.ways} if self.ways is not None else {}
+        own |= {"inner_steps": steps, "inner_rate": rate} if self.row.adapts else {}
+        own |= {"test": self.test.facts} if self.test is not None else {}
+        return {**super().normalised(), **own, "optimizer": self._optimizer}
+
+
+def check_grid(test: TestEntry) -> Iterator[Problem]:
+    """The problems of a grid of rates and steps."""
+    if any(not 0 < rate < math.inf for rate in test.rates):
+        yield problem_at("test.rates", FOUND, found=str([*test.rates]), expected="numbers above 0")
+    if any(count < 1 for count in test.steps):
+        yield problem_at("test.steps", FOUND, found=str([*test.steps]), expected="whole numbers of 1 or more")
