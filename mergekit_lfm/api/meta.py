@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_lfm.api.arguments import StrPath, expand
-from mergekit_lfm.api.meta_plans import plan_meta
+from mergekit_lfm.api.meta_plans import PlannedMeta, plan_meta
+from mergekit_lfm.api.meta_rounds import learn_on_disk
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.tune import as_settings, tune_planned
 from mergekit_lfm.api.tune_results import Tuned
@@ -28,6 +29,7 @@ def meta_train(
     inner_steps: int | None = None,
     inner_rate: float | None = None,
     test: StrPath | Sequence[StrPath] | Mapping[str, Any] | None = None,
+    on_disk: bool = False,
     memory: int | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -41,17 +43,27 @@ def meta_train(
     shots, queries: examples of an episode to adapt on, and to judge by, for each class or file. inner_steps,
     inner_rate: of adapting, by default the algorithm's. test: files of tasks that are not trained on, or a mapping with
     `data` and the other fields of `TestEntry`; the result's facts then say how a random start, the model, joint
-    training and the result do on them, each in the cell of one grid of rates and steps that is best for it. memory: a
-    budget in bytes, which the estimate of a step has to fit. training: `method`, what is learned, and all else that
-    `tune_model` takes; `batch_size` is tasks of a step, 4 by default. Raises PlanError and the other errors of
-    `tune_model`.
+    training and the result do on them, each in the cell of one grid of rates and steps that is best for it. on_disk: of
+    reptile, whose tasks are files: the models of a step's tasks are checkpoints in OUT.rounds, which the engine merges;
+    several processes with the same call share them, to the same bytes. memory: a budget in bytes, which the estimate of
+    a step has to fit. training: `method`, what is learned, and all else that `tune_model` takes; `batch_size` is tasks
+    of a step, 4 by default. Raises PlanError and the other errors of `tune_model`.
     """
     settings = {"model": model, "data": data, "task": task, **training}
     own: dict[str, Any] = {"algorithm": algorithm, "ways": ways, "shots": shots, "queries": queries}
+    own |= {"on_disk": True} if on_disk else {}
     own |= {"inner_steps": inner_steps, "inner_rate": inner_rate, "test": None if test is None else _as_test(test)}
     recipe = {**as_settings(settings), "job": "meta", **{name: x for name, x in own.items() if x is not None}}
     planned = plan_meta(MetaRecipe.parse(recipe, label="meta"), expand(out), device=device, memory=memory)
-    return tune_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
+    return meta_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
+
+
+def meta_planned(
+    planned: PlannedMeta, *, threads: int | None = None, overwrite: bool = False, progress: Progress = SILENCE
+) -> Outcome[Tuned]:
+    """Carry a planned meta-learning out; as `meta_train` does."""
+    carry_out = learn_on_disk if planned.meta.on_disk else tune_planned
+    return carry_out(planned, threads=threads, overwrite=overwrite, progress=progress)
 
 
 def _as_test(test: StrPath | Sequence[StrPath] | Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memor
     if need is not None and need.total > memory and planned.device == "cpu":
         whole, inner, budget = (format_size(size) for size in (need.total, need.inner, memory))
         raise PlanError(
-            f"a step needs some {whole} of memory, {inner} of it for the inner steps of {need.tasks} tasks at once, and "
-            f"the budget is {budget}; {need.cure}"
+            f"a step needs some {whole} of memory, {inner} of it for the inner steps of {need.tasks} tasks at once; "
+            f"the budget is {budget}. To need less, {need.cure}"
         )
     return planned

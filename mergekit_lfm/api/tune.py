@@ -123,7 +123,9 @@ def tune_planned(
     check_apart(out, {file.ref: file.path for file in planned.recipe.named_files})
     there = planned.request.is_answered(out, overwrite=overwrite)
     if there:
-        return Outcome(out, _known(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started)
+        return Outcome(
+            out, known_result(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started
+        )
     _check_training(planned.training)
     with set_threads(threads):
         tuned, findings = _tune(planned, progress)
@@ -131,7 +133,7 @@ def tune_planned(
     return Outcome(out, tuned, request.digest, False, warnings, time.monotonic() - started)
 
 
-def _known(planned: PlannedTuning) -> Tuned:
+def known_result(planned: PlannedTuning) -> Tuned:
     """The result that an earlier run has left."""
     makes = planned.recipe.declaration.makes
     facts = (

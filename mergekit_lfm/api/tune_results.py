@@ -73,16 +73,7 @@ def write_result(
     prepared.fold()
     changed = changes_of(subject, planned.source)
     if planned.recipe.declaration.makes == "checkpoint":
-        documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode(), **more}
-        request = planned.answer
-        left = save_checkpoint(
-            planned.source,
-            planned.out,
-            changed,
-            documents,
-            lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
-        )
-        return [f"{name} is left behind: {why}" for name, why in left.items()]
+        return save_tuned(planned, planned.source, changed, tuned, more)
     source = planned.source
     tensors = {
         name: TensorChange("replace", source[name].shape, source[name].dtype, digest=source.digest_of(name))
@@ -92,6 +83,27 @@ def write_result(
     planned.out.parent.mkdir(parents=True, exist_ok=True)
     Patch(info, changed).save(planned.out)
     return [] if changed else ["no tensor has another value in its dtype; train longer, or at a higher learning rate"]
+
+
+def save_tuned(
+    planned: PlannedTuning,
+    source: Checkpoint,
+    changed: Mapping[str, Tensor],
+    tuned: Tuned,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[str]:
+    """Write the tensors of a checkpoint, with those that were changed, as the result; returns findings."""
+    facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
+    documents = {"tune.json": (json.dumps(planned.answer.public, indent=2) + "\n").encode(), **more}
+    request = planned.answer
+    left = save_checkpoint(
+        source,
+        planned.out,
+        changed,
+        documents,
+        lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
+    )
+    return [f"{name} is left behind: {why}" for name, why in left.items()]
 
 
 def changes_of(subject: Subject, source: Checkpoint) -> dict[str, Tensor]:

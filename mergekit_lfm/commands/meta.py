@@ -51,7 +51,8 @@ pip install "mergekit_lfm[models]"
     epilog="""\b
 Examples:
   mergekit-lfm meta models/new --data letters.npz --task classification --ways 5 --shots 1 -o start
-  mergekit-lfm meta models/base --data a.jsonl --data b.jsonl --test c.jsonl --task embedding --algorithm reptile -o out""",
+  mergekit-lfm meta models/base --data a.jsonl --data b.jsonl --task embedding --algorithm reptile -o start
+  mergekit-lfm meta models/base --data a.jsonl --data b.jsonl --task lm --algorithm reptile --on-disk -o start""",
 )
 @click.argument("model")
 @data_options
@@ -74,6 +75,12 @@ Examples:
     help="A file of tasks that are not trained on, to judge by. Can be given several times.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, help="Tasks of an outer step. [default: 4]")
+@click.option(
+    "--on-disk",
+    is_flag=True,
+    help="Of reptile: a step's models are checkpoints beside OUT, which the engine merges; several processes with the "
+    "same command share them.",
+)
 @options.memory
 @method_option(TUNE_METHODS, "full", "What of the model is learned.")
 @parameter_options(TUNE_METHODS)

@@ -17,8 +17,10 @@ GRAPH = 3  # a pass and its slope, when the slope is derived again, in passes
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of a step. model: parameters, their slopes and the optimizer's moments; inner: of adapting, for all tasks
-    at once; cure: what lessens it, in words."""
+    """Bytes of a step. model: parameters, their slopes and the optimizer's moments.
+
+    inner: of adapting, for all tasks at once. cure: what lessens it, in words.
+    """
 
     model: int
     inner: int

@@ -55,6 +55,7 @@ class MetaRecipe(TrainingRecipe):
     ways: classes of an episode; without it each data file is a task. shots, queries: examples to adapt on, and to judge
     by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the algorithm's. steps: outer
     ones, each over `batch_size` tasks. test: how the result, the start, a random start and joint training are judged.
+    on_disk: of reptile, whose tasks are files: the models of the tasks are checkpoints, merged by the engine.
     """
 
     EXPECTED: ClassVar[str] = "a mapping with model, data, task and algorithm"
@@ -68,6 +69,7 @@ class MetaRecipe(TrainingRecipe):
     inner_steps: int | None = Field(default=None, strict=True, ge=1)
     inner_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     test: TestEntry | None = None
+    on_disk: bool = Field(default=False, strict=True)
     batch_size: int = Field(default=4, strict=True)
 
     _tests: tuple[DataFile, ...] = PrivateAttr(default=())
@@ -125,8 +127,21 @@ class MetaRecipe(TrainingRecipe):
         if self.ways is None and len(self.data) < 2 and not self.data[0].path.count(":"):
             expected = "several, each a task, or `ways` for episodes of classes"
             yield problem_at("data", FOUND, found="one file", expected=expected)
+        yield from self._check_on_disk(row)
         if not row.adapts and (self.inner_steps or self.inner_rate):
             yield problem_at("inner_steps", FOUND, found="it", expected=f"none for {row.name}, which does not adapt")
+
+    def _check_on_disk(self, row: Algorithm) -> Iterator[Problem]:
+        """The problems of a meta-learning over checkpoints."""
+        for name, is_wrong, expected in (
+            ("algorithm", row.kind != "reptile", "reptile, whose outer step is a merge"),
+            ("method", self.method != "full", "full, which makes checkpoints"),
+            ("ways", self.ways is not None, "none: each data file is a task"),
+            ("test", self.test is not None, "none: tune and judge the result in later stages"),
+            ("optimizer", self._optimizer != "sgd", "sgd: a plain step towards the tasks' models"),
+        ):
+            if self.on_disk and is_wrong:
+                yield problem_at(name, FOUND, found=str(getattr(self, name)), expected=f"{expected}, with on_disk")
 
     @property
     def _optimizer(self) -> Optimizer:
@@ -152,6 +167,7 @@ class MetaRecipe(TrainingRecipe):
         own |= {"ways": self.ways} if self.ways is not None else {}
         own |= {"inner_steps": steps, "inner_rate": rate} if self.row.adapts else {}
         own |= {"test": self.test.facts} if self.test is not None else {}
+        own |= {"on_disk": True} if self.on_disk else {}
         return {**super().normalised(), **own, "optimizer": self._optimizer}
 
 

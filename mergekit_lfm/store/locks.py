@@ -24,13 +24,17 @@ LONGEST = 1000  # bytes of a lock file
 BUSY = "another run is writing {place}"
 
 
+class BusyError(PlanError):
+    """Another run has the lock of a folder."""
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder within this block. Raises PlanError while another run has it."""
+    """Keep other runs out of the folder within this block. Raises BusyError while another run has it."""
     with ExitStack() as stack:
         fd = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, fd)
-        busy = PlanError(f"{BUSY}; {{cure}}", place=folder, cure="wait for it, or choose another output")
+        busy = BusyError(f"{BUSY}; {{cure}}", place=folder, cure="wait for it, or choose another output")
         try:
             with name_file(folder):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +57,7 @@ def _hold(path: Path, folder: Path) -> Iterator[None]:
         theirs = _read(path)
         if not (_is_gone(theirs) and _take_away(path, theirs) and _create(path, ours)):
             host, pid = [*theirs.split(), "?", "?"][:2]
-            raise PlanError(
+            raise BusyError(
                 f"{BUSY}: {{found}}; {{cure}}",
                 place=folder,
                 found=f"{path} is the lock of process {pid} on {host}",

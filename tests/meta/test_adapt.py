@@ -163,13 +163,13 @@ def test_factors_and_shifts_are_learned_and_folded_into_the_weights() -> None:
     model = Named(nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 3)).double())
     head = frozenset({"inner.3.weight", "inner.3.bias"})
     loss = build_loss(model, "classification", ALGORITHMS["mtl"], Inner(2, 0.1), head)
-    frozen = model.inner[0].weight.detach().clone()  # type: ignore[index,union-attr]
+    frozen = model.inner[0].weight.detach().clone()  # type: ignore[index]
 
     def shaped(generator: torch.Generator) -> Episode:
         return Episode(*({**side, "x": side["x"][:, None]} for side in draw(generator)))
 
     fit(model, DrawnEpisodes(shaped), loss, Options(steps=5, batch_size=2, learning_rate=0.05))
-    weight = model.inner[0].weight  # type: ignore[index,union-attr]
+    weight = model.inner[0].weight  # type: ignore[index]
     assert torch.equal(weight, frozen) and model.get_parameter("meta.inner/0/weight").shape == (3, 1, 1)
     x = torch.randn(5, 1, 4).double()
     unfolded = loss.objective.model.at(loss.start())(x=x)
@@ -214,7 +214,7 @@ def test_models_of_texts_adapt_for_many_tasks_at_once(kind: str) -> None:
         copied.load_state_dict(model.state_dict())
         alone = {name: x[number] for name, x in batch.items()}
         total, count = LOSSES[task](copied, alone)
-        (total / count).backward()
+        (total / count).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for x in copied.parameters():
                 x -= 0.5 * (torch.zeros_like(x) if x.grad is None else x.grad)

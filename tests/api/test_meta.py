@@ -1,0 +1,166 @@
+"""`meta_train` as a whole: episodes of classes, files as tasks, interruptions, refusals, the test on new tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_commands import refusal, run
+from helpers_tune import tiny  # noqa: F401
+from safetensors.torch import load_file
+
+from mergekit_lfm import PlanError, meta_train, open_checkpoint, verify_output
+from mergekit_lfm.api.recipes import run_recipe
+from mergekit_lfm.meta.episodes import Episodes
+from mergekit_lfm.runtime.load import load_model
+
+HOW: dict[str, Any] = {"steps": 3, "batch_size": 2, "threads": 1, "inner_steps": 2, "shots": 2, "queries": 2}
+CLASSES = {"task": "classification", "ways": 3, "learning_rate": 3e-3}
+
+
+def write_texts(file: Path, classes: int, first: int = 0) -> Path:
+    """Five texts of each class, which name it."""
+    names = ("Ada Blake", "Leo Wagner", "Mia Stone", "Paris", "a baker", "Rome", "Danish", "New York")
+    said = ("works", "is good", "was born in", "speaks", "rained")
+    lines = [{"text": f"{names[first + n]} {word}", "label": n} for n in range(classes) for word in said]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture
+def here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """A folder with a classifier of three classes and texts of five, and an encoder with three files of pairs."""
+    for kind in ("bert", "encoder"):
+        shutil.copytree(tiny / kind, tmp_path / kind)
+    write_texts(tmp_path / "seen.jsonl", 5)
+    write_texts(tmp_path / "new.jsonl", 3, first=5)
+    lines = (tiny / "encoder.jsonl").read_text().splitlines(keepends=True)
+    for number in range(3):
+        (tmp_path / f"pairs{number}.jsonl").write_text("".join(lines[5 * number : 5 * number + 5]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bytes_of(folder: str) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(Path(folder).iterdir())
+        if path.suffix in (".safetensors", ".bin")
+    }
+
+
+@pytest.mark.usefixtures("here")
+def test_a_model_is_learned_from_episodes_and_judged_on_new_classes() -> None:
+    test = {"data": ["new.jsonl"], "episodes": 4, "rates": [0.03, 0.1], "steps": [1, 3]}
+    made = meta_train("bert", "seen.jsonl", "out", algorithm="metasgd", test=test, **CLASSES, **HOW)
+    scores = made.result.facts["test"]
+    assert list(scores) == ["random", "start", "joint", "metasgd"]
+    assert all(0 <= score["mean"] <= 1 and score["steps"] in (1, 3) for score in scores.values())
+    assert {score["rate"] for score in scores.values()} <= {0.03, 0.1, None} and scores["metasgd"]["rate"] is None
+    tensors, before = load_file("out/model.safetensors"), load_file("bert/model.safetensors")
+    assert tensors.keys() == before.keys() and not torch.equal(*(x["classifier.weight"] for x in (tensors, before)))
+    rates = load_file("out/meta-metasgd.bin")
+    assert (
+        rates["classifier.weight"].shape == (3, 32)
+        and rates.keys() == dict(load_model("bert", "classification").model.named_parameters()).keys()
+    )
+    assert dict(open_checkpoint("out")).keys() == before.keys() and verify_output("out").result.differences == ()
+    again = meta_train("bert", "seen.jsonl", "out", algorithm="metasgd", test=test, **CLASSES, **HOW)
+    assert again.already_there and again.result == made.result
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["maml", "mtl", "relation", "reptile"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {**CLASSES, **HOW, "algorithm": name, "inner_steps": None if name == "relation" else 1}
+    meta_train("bert", "seen.jsonl", "whole", **how)
+    drawn = list[int]()
+    draw = Episodes.batch
+
+    def interrupted(self: Episodes, numbers: list[int], draw_: int = 0) -> dict[str, torch.Tensor]:
+        drawn.append(numbers[0])
+        if len(drawn) == 2:
+            signal.raise_signal(signal.SIGINT)  # the step is ended, and the state saved
+        return draw(self, numbers, draw_)
+
+    monkeypatch.setattr(Episodes, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train("bert", "seen.jsonl", "parts", **how)
+    meta_train("bert", "seen.jsonl", "parts", **how)
+    assert drawn == [0, 2, 4] and bytes_of("parts") == bytes_of("whole")
+
+
+@pytest.mark.usefixtures("here")
+def test_files_are_tasks_and_an_adapter_is_learned() -> None:
+    files = [f"pairs{number}.jsonl" for number in range(2)]
+    test = {"data": "pairs2.jsonl", "episodes": 3, "rates": [0.1], "steps": [1]}
+    options: dict[str, Any] = {"task": "embedding", "method": "lora", "parameters": {"rank": 2}, "test": test}
+    made = meta_train("encoder", files, "out", algorithm="fomaml", **options, **HOW)
+    assert made.result.makes == "adapter" and list(made.result.facts["test"]) == ["start", "joint", "fomaml"]
+    tensors = load_file("out/adapter_model.safetensors")
+    assert any(bool(x.any()) for name, x in tensors.items() if "lora_B" in name)
+
+
+REFUSED = [
+    ({"algorithm": "mamml"}, "algorithm: found 'mamml', expected maml, fomaml"),
+    ({"ways": 4}, "bert has 3 classes, and an episode 4; expected as many"),
+    ({"ways": None}, "data: found one file, expected several, each a task, or `ways`"),
+    ({"queries": 4}, "an episode needs 2 and 4 other examples of each class, together 6; class 0 has 5"),
+    ({"dev": 0.1}, "dev: found it, expected none in a meta-learning"),
+    ({"method": "mask"}, "method: found mask, expected one that trains the same part in each step"),
+    ({"method": "lora", "algorithm": "metasgd"}, "expected one that makes a checkpoint, which metasgd puts a file"),
+    ({"algorithm": "proto", "task": "embedding"}, "task: found 'embedding', expected classification for proto"),
+    ({"memory": 2_000_000}, "a step needs some .* choose an algorithm that holds one pass \\(fomaml, or reptile\\)"),
+    ({"test": {"data": "new.jsonl", "rates": [-1]}}, "test.rates: found \\[-1.0\\], expected numbers above 0"),
+    ({"test": "gone.jsonl"}, "test.data\\[0\\].path"),
+]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_mistakes_are_refused_before_anything_is_written(options: dict[str, Any], message: str) -> None:
+    before = sorted(Path().iterdir())
+    with pytest.raises(PlanError, match=message):
+        meta_train("bert", "seen.jsonl", "out", **{**CLASSES, **HOW, **options})
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.usefixtures("here")
+def test_the_command_and_a_recipe_make_the_same_and_a_merge_takes_it_as_base() -> None:
+    words = "meta bert --data seen.jsonl --test new.jsonl --task classification --ways 3 --shots 2 --queries 2"
+    numbers = "--steps 2 --batch-size 2 --inner-steps 1 --threads 1 --learning-rate 0.003 --algorithm reptile"
+    ran = run(*words.split(), *numbers.split(), "--test", "new.jsonl", "-o", "out")
+    assert ran.exit_code == 0 and "on new tasks, with 95 % intervals" in ran.output
+    document = """
+name: start
+job: meta
+model: bert
+data: seen.jsonl
+test: {data: [new.jsonl, new.jsonl]}
+task: classification
+algorithm: reptile
+ways: 3
+shots: 2
+queries: 2
+steps: 2
+batch_size: 2
+inner_steps: 1
+learning_rate: 0.003
+---
+merge_method: linear
+parameters: {weight: 1}
+models: [{model: start}, {model: bert}]
+"""
+    Path("r.yaml").write_text(document)
+    run_recipe("r.yaml", "merged", threads=1)
+    assert bytes_of("merged.stages/start") == bytes_of("out")
+    Path("alone.yaml").write_text(document.partition("---")[0])
+    shown = run("plan", "alone.yaml").stdout
+    assert "memory of a step" in shown and "3 classes: 2 examples of each class to adapt on, 2 to judge by" in shown
+    message = refusal(run("meta", "bert", "--data", "seen.jsonl", "--task", "lm", "-o", "x"))
+    assert "data: found one file, expected several" in message
