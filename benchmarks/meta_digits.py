@@ -3,8 +3,8 @@
     python benchmarks/meta_digits.py                      # three seeds, about half an hour on one core
     python benchmarks/meta_digits.py --steps 5 --seeds 1  # a smoke test
 
-Classes are scikit-learn's digits in four rotations; those of three digits are for the test. A task is five of them. A
-network of two convolutions adapts to one or five images of each by plain descent. Numbers are accuracy in percent on 15
+Classes are scikit-learn's digits, each in four rotations, but 0, 1, 6, 8 and 9 in two, as a half turn makes them, or
+one of the others, again; those of three digits are for the test. A task is five classes. A network of two convolutions adapts to one or five images of each by plain descent. Numbers are accuracy in percent on 15
 other images of each class, over 200 episodes: each start in the cell of one grid of rates and steps that is best for it
 on 100 other episodes. Prototypes and relations have no grid. Means over seeds, with standard errors.
 """
@@ -37,6 +37,7 @@ from mergekit_lfm.train.loop import fit
 WAYS, QUERIES, TESTED = 5, 15, 200
 GRID = [Inner(count, rate) for rate in (0.01, 0.03, 0.1, 0.2, 0.4, 0.8) for count in (1, 3, 10, 30)]
 TASKS = 4  # of an outer step
+HALF = (0, 1, 6, 8, 9)  # digits with two rotations
 INNER = Inner(3, 0.4)
 ADAM: Mapping[str, Any] = {"learning_rate": 2e-3, "schedule": "linear"}
 # The inner steps, and the settings of the optimizer, of algorithms that differ from the others.
@@ -69,7 +70,7 @@ class Net(nn.Module):
 
 
 def rotated_digits(seed: int) -> tuple[Examples, Examples]:
-    """The images of seven digits in four rotations, each a class, and of the other three."""
+    """The images of seven digits in their rotations, each a class, and of the other three."""
     data = load_digits()
     images, order = (data.images / 16).astype(np.float32), np.random.default_rng(seed).permutation(10)
 
@@ -77,6 +78,8 @@ def rotated_digits(seed: int) -> tuple[Examples, Examples]:
         items = list[dict[str, Tensor]]()
         for turn in range(4):
             for place, digit in enumerate(digits):
+                if turn > 1 and digit in HALF:
+                    continue
                 label = torch.tensor(turn * len(digits) + place)
                 own = np.rot90(images[data.target == digit], turn, axes=(1, 2))
                 items += [{"x": torch.from_numpy(x[None].copy()), "labels": label} for x in own]

@@ -331,13 +331,15 @@ def job_plan(name: str) -> PlannedJob:
         "adapters": {"job": "adapters", "merge_method": "cat", "adapters": [{"adapter": "lora"}], "base_model": "base"},
         "generate": {"job": "generate", "model": "llama", "count": 3, "max_new_tokens": 4},
         "head": {"job": "head", "model": "encoder", "labels": 3},
+        "meta": {"job": "meta", "model": "encoder", "data": ["pairs.jsonl"] * 2, "shots": 2, "queries": 2},
         "stats": {"job": "stats", "kind": "gram", "model": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "eval": {"job": "eval", "models": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "student": {"job": "student", "model": "encoder", "layers": [1], "mlp": 0.5},
         "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
-    if name in ("distill", "head", "student", "tune", "stats", "eval"):
-        documents["distill"] |= {"task": "embedding", "steps": 2}
+    if name in ("distill", "head", "meta", "student", "tune", "stats", "eval"):
+        for each in ("distill", "meta"):
+            documents[each] |= {"task": "embedding", "steps": 2}
         save_tiny("encoder", Path("encoder"))
         write_data("encoder", Path("pairs.jsonl"))
     if name == "generate":
@@ -372,6 +374,7 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
     words = {
         "distill": "trained",
         "head": "new: ",
+        "meta": "trained",
         "tune": "trained",
         "stats": "layers",
         "eval": "top-1",
