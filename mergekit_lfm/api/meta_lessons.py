@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mergekit_lfm.api.meta_plans import PlannedMeta
 from mergekit_lfm.api.tune_data import read_file
+from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.meta.algorithms import build_loss
 from mergekit_lfm.meta.baselines import head_names, joint_start, plain_copy, random_start
@@ -20,7 +20,7 @@ from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.meta.evaluate import evaluate
 from mergekit_lfm.meta.losses import Inner, MetaLoss, name_of
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
-from mergekit_lfm.recipe.meta_recipe import TestEntry
+from mergekit_lfm.recipe.meta_recipe import MetaRecipe, TestEntry
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.train.examples import Examples, join, seed_of
@@ -37,9 +37,9 @@ JOINT = "joint"  # the folder of the joint training's state, beside the state of
 class MetaLessons:
     """Episodes, the loss over them, and the judgement of what was learned. examples: those of the training."""
 
-    def __init__(self, planned: PlannedMeta, examples: Examples, progress: Progress) -> None:
+    def __init__(self, planned: PlannedTuning, recipe: MetaRecipe, examples: Examples, progress: Progress) -> None:
         self.planned, self.examples, self.progress = planned, examples, progress
-        self.recipe, self.documents = planned.meta, dict[str, bytes]()
+        self.recipe, self.documents = recipe, dict[str, bytes]()
         self.loss: MetaLoss | None = None
         self.before = dict[str, Tensor]()
 
@@ -59,7 +59,7 @@ class MetaLessons:
     def end(self, loaded: Loaded) -> dict[str, Any]:
         """The scores of the result and of what it is compared with on tasks that were not seen; nothing without them.
 
-        What was learned beside the model goes into its parameters, or into a file.
+        Puts all that was learned beside the model into its parameters, or into a file.
         """
         loss = self.loss
         assert loss is not None

@@ -43,7 +43,7 @@ class PlannedMeta(PlannedTuning):
     def learn(self, examples: Examples, progress: Progress) -> MetaLessons:
         from mergekit_lfm.api.meta_lessons import MetaLessons
 
-        return MetaLessons(self, examples, progress)
+        return MetaLessons(self, self.meta, examples, progress)
 
     @cached_property
     def need(self) -> Need | None:

@@ -1,9 +1,9 @@
 """Reptile over checkpoints, for models of any size: each task tunes the last start, and the engine merges the results.
 
 A round is an outer step: OUT.rounds/ROUND has a checkpoint for each of its tasks, and `start`, which is start + rate *
-mean(task - start), a merge by task arithmetic. What is there is not made again, so that a run that was killed goes on,
-and processes that do the same share the tasks of a round: each has a folder that is locked while it is worked on. All
-that a task depends on is known from the recipe, so that the bytes are the same for any number of processes.
+mean(task - start), a merge by task arithmetic. A complete checkpoint is not made again, so that a run that was killed
+goes on, and processes that do the same share the tasks of a round: each has a folder that is locked while one works on
+it. The recipe says all that a task depends on, so that the bytes are the same for any number of processes.
 Source: Nichol et al. 2018, arXiv 1803.02999, algorithm 2 (batched).
 """
 
@@ -85,7 +85,7 @@ class _Rounds:
         return self.folder / f"{number:06}" / START
 
     def make(self, number: int) -> None:
-        """Make a round together with other processes; what they are at is waited for, and what is there stays."""
+        """Make a round together with other processes, whose part is waited for; complete checkpoints stay."""
         place, tasks = self.start_after(number).parent, self.tasks(number)
         while not self._is_made(number):
             done = [self._once(place / TASK.format(task), partial(self._tune, number, task)) for task in tasks]
@@ -169,7 +169,7 @@ class _Rounds:
 
     @staticmethod
     def _once(place: Path, make: Callable[[], None]) -> bool:
-        """Make what is not there; False while another process is at it."""
+        """Make a checkpoint, if it is missing; False while another process does."""
         lock = place.with_name(f"{place.name}{LOCK}")
         try:
             lock.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ Examples:
     "same command share them.",
 )
 @options.memory
-@method_option(TUNE_METHODS, "full", "What of the model is learned.")
+@method_option(TUNE_METHODS, "full", "The part of the model that is learned, and how.")
 @parameter_options(TUNE_METHODS)
 @step_options
 @click.pass_obj

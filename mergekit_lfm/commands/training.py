@@ -102,7 +102,7 @@ step_options = together(
     click.option(
         "--optimizer",
         type=click.Choice(OPTIMIZERS),
-        help="What makes the steps: AdamW, or plain descent. [default: adamw]",
+        help="Make the steps by AdamW, or by plain descent. [default: adamw]",
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]"),
     options.device_option("Where the model runs", default=None),

@@ -1,4 +1,4 @@
-"""What an initialisation is compared with: a random start, and joint training on the examples of all tasks."""
+"""Starts to compare an initialisation with: a random one, and joint training on the examples of all tasks."""
 
 from __future__ import annotations
 

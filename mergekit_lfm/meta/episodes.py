@@ -61,7 +61,7 @@ class EpisodeSource:
         raise NotImplementedError
 
     def step(self, step: int, size: int, seed: int) -> list[int]:  # noqa: ARG002
-        """The numbers of a step's episodes, each of which comes once."""
+        """The numbers of a step's episodes; each comes once."""
         return [*range(step * size, (step + 1) * size)]
 
     def in_order(self, size: int) -> Iterator[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ TASKS_AT_ONCE = 25
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of an initialisation. steps, rate: the cell of the grid; rate is None where there is one in it alone.
+    """The score of an initialisation. steps, rate: the cell of the grid; rate: None for learned ones.
 
     mean: over episodes; interval: half the width of the 95 % confidence interval of it.
     """

@@ -1,6 +1,6 @@
 """The loss of a meta-learning algorithm: a model and a batch of episodes, to the sum over tasks, which `fit` takes.
 
-What an algorithm learns besides the model becomes a part of the model, as the maps of a distillation do.
+Parameters that an algorithm learns besides the model become a part of it, as the maps of a distillation do.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class MetaLoss:
 
 
 def over_tasks(function: Callable[[Batch, Batch], Any], batch: Batch) -> Any:
-    """What a function gives for the support and query sets of each task, with a first axis of tasks."""
+    """The values of a function for the support and query sets of each task, with a first axis of tasks."""
     episode = sides(batch)
     return torch.func.vmap(function, randomness="different")(episode.support, episode.query)
 

@@ -47,7 +47,7 @@ class Prototypes(MetaLoss):
         return (self.scores(found, support, query).argmax(-1) == query["labels"]).float().mean()
 
     def vectors(self, start: Parameters, batch: Batch) -> Tensor:
-        """What the head reads for each example, [n, d]: of a decoder, its last token's."""
+        """The vectors that the head reads, one for each example, [n, d]: of a decoder, its last token's."""
         heard = list[Tensor]()
         handle = self.head.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
         try:

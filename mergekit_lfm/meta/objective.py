@@ -40,7 +40,7 @@ class TaskObjective:
 
     @property
     def counts_right(self) -> bool:
-        """Whether `score` is a share of right answers, of which more is better, and not the loss."""
+        """Whether `score` is a share of right answers, where more is better, and not the loss."""
         return self.task in ("classification", "embedding")
 
     def score(self, parameters: Parameters, batch: Batch) -> Tensor:

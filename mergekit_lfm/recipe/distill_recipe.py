@@ -14,6 +14,7 @@ from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS, KdDiverge
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
 from mergekit_lfm.recipe.form import Reference, Strict
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
+from mergekit_lfm.recipe.tune_options import check_makes
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
 
@@ -71,7 +72,7 @@ class DistillRecipe(TrainingRecipe):
 
     def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
         yield from check_distill_terms(self.loss, self.task, method.makes)
-        yield from self.check_makes(method)
+        yield from check_makes(method)
 
     def _read_more(self, where: Where) -> Iterable[Problem]:
         found = list[FoundModel]()

@@ -44,7 +44,7 @@ class Algorithm:
 
     @property
     def has_beside(self) -> bool:
-        """Whether something is learned that is no part of the model, and has a file of its own beside it."""
+        """Whether something is learned that has a file of its own beside the model."""
         return self.learns_rates or self.name == "relation"
 
 

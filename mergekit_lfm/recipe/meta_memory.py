@@ -83,7 +83,7 @@ def bytes_of_example(recipe: MetaRecipe, config: Mapping[str, Any]) -> int | Non
 
 
 def _cure(recipe: MetaRecipe, tasks: int) -> str:
-    """What a user can do about a need that is too large."""
+    """The ways to need less."""
     ways = [f"cut the batch into more parts (accumulate: {recipe.options.batch_size})"] if tasks > 1 else []
     if not recipe.row.first_order:
         ways.append("choose an algorithm that holds one pass (fomaml, or reptile)")

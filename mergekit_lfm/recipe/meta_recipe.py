@@ -16,6 +16,7 @@ from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
 from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.training import Optimizer
 from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
+from mergekit_lfm.recipe.tune_options import check_makes
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
 
@@ -109,7 +110,7 @@ class MetaRecipe(TrainingRecipe):
                 "algorithm", sentence, found=repr(self.algorithm), expected=", ".join(ALGORITHMS), cure=cure
             )
             return
-        yield from self.check_makes(method)
+        yield from check_makes(method)
         if method.name in CHANGING:
             yield problem_at("method", FOUND, found=method.name, expected="one that trains the same part in each step")
         if self.task not in row.tasks:

@@ -24,3 +24,11 @@ class PhaseEntry(Strict):
 
     steps: int = Field(strict=True, ge=1)
     train: Patterns
+
+
+class GroupEntry(Strict):
+    """Parameters whose names match a pattern, with a learning rate or a weight decay of their own."""
+
+    match: str
+    learning_rate: float | None = None
+    weight_decay: float | None = None

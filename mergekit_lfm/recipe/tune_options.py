@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergekit_lfm.methods.kinds import TuneMethod
@@ -10,6 +10,7 @@ from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of
 from mergekit_lfm.recipe.problems import Problem, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
+from mergekit_lfm.recipe.values import FOUND
 
 
 def tune_options(method: str, given: Mapping[str, Any]) -> dict[str, Value]:
@@ -30,3 +31,10 @@ def read_parameters(method: TuneMethod[Any], given: Mapping[str, Any]) -> tuple[
             sentence = "{method} has no such parameter; {owners} have it"
             problems.append(problem_at(f"parameters.{name}", sentence, method=method.name, owners=", ".join(owners)))
     return {**defaults_of(method.parameters), **values}, problems
+
+
+def check_makes(method: TuneMethod[Any]) -> Iterator[Problem]:
+    """The problem of a method whose result is more than a model, a patch or one adapter."""
+    if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
+        expected = "a method that trains a model, a patch, or one adapter"
+        yield problem_at("method", FOUND, found=method.name, expected=expected)

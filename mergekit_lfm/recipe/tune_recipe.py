@@ -14,11 +14,11 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
-from mergekit_lfm.recipe.form import Parameters, Reference, Strict, read_reference
+from mergekit_lfm.recipe.form import Parameters, Reference, read_reference
 from mergekit_lfm.recipe.job_form import JobForm, read_task
 from mergekit_lfm.recipe.loss_terms import check_terms
 from mergekit_lfm.recipe.options import unknown_method
-from mergekit_lfm.recipe.phases import Patterns, PhaseEntry
+from mergekit_lfm.recipe.phases import GroupEntry, Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.training import Group, Optimizer, Options, Schedule
@@ -26,14 +26,6 @@ from mergekit_lfm.recipe.tune_data import DataEntry, DataFile, Dev, Entries, che
 from mergekit_lfm.recipe.tune_options import read_parameters
 from mergekit_lfm.recipe.values import FOUND
 from mergekit_lfm.runtime.tasks import TASKS, TUNE_TASKS
-
-
-class GroupEntry(Strict):
-    """Parameters whose names match a pattern, with a learning rate or a weight decay of their own."""
-
-    match: str
-    learning_rate: float | None = None
-    weight_decay: float | None = None
 
 
 class TrainingRecipe(JobForm):
@@ -160,13 +152,6 @@ class TrainingRecipe(JobForm):
         """The problems of the loss."""
         return check_terms(self.loss, self.task, method.makes)
 
-    @staticmethod
-    def check_makes(method: TuneMethod[Any]) -> Iterator[Problem]:
-        """The problem of a method whose result is more than a model, a patch or one adapter."""
-        if method.makes in ("prompt", "mixture", "template") or method.tasks or method.name == "adamix":
-            expected = "a method that trains a model, a patch, or one adapter"
-            yield problem_at("method", FOUND, found=method.name, expected=expected)
-
     def _read_more(self, where: Where) -> Iterable[Problem]:  # noqa: ARG002
         """Read what the job has besides; the problems."""
         return ()
@@ -189,7 +174,7 @@ class TrainingRecipe(JobForm):
 
     @property
     def _optimizer(self) -> Optimizer:
-        """What makes the steps."""
+        """The optimizer."""
         return self.optimizer or "adamw"
 
     def _default_rate(self, method: TuneMethod[Any]) -> float:

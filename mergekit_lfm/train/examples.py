@@ -24,7 +24,7 @@ Change = Callable[[Mapping[str, Tensor], torch.Generator], Mapping[str, Tensor]]
 
 
 class Batches(Protocol):
-    """What `fit` trains on: `Examples`, or episodes. A batch is a function of the seed and the step alone.
+    """Data that `fit` trains on: `Examples`, or episodes. A batch is a function of the seed and the step alone.
 
     digest: of all that decides the batches; pad: as of `Examples`. step: the numbers of a step's members; batch: these,
     as inputs of the loss; in_order: all once.

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from mergekit_lfm import PlanError, meta_train, tune_model, verify_output
 from mergekit_lfm.api import meta_rounds
+from mergekit_lfm.api.merge import merge
 from mergekit_lfm.train.examples import seed_of
 
 HOW: dict[str, Any] = {"task": "embedding", "algorithm": "reptile", "on_disk": True, "shots": 3, "batch_size": 2}
@@ -40,7 +41,7 @@ def weights(folder: str | Path) -> bytes:
 
 @pytest.mark.usefixtures("here")
 def test_rounds_are_tunings_and_their_mean_and_go_on_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    merge, merged = meta_rounds.merge, list[list[str]]()
+    merged = list[list[str]]()
 
     def interrupted(document: dict[str, Any], out: Path, **options: Any) -> Any:
         merged.append([Path(each["model"]).name for each in document["models"]])

@@ -81,7 +81,7 @@ def adapted_by_hand(start: Mapping[str, Tensor], support: Batch, steps: int, rat
 
 def slopes_of(loss: MetaLoss, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     model.zero_grad()
-    loss(model, batch).total.backward()
+    loss(model, batch).total.backward()  # type: ignore[no-untyped-call]
     return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
 
@@ -260,6 +260,6 @@ def test_declared_algorithms_all_learn_on_easy_tasks() -> None:
         with torch.no_grad():
             before = float(loss(model, unseen).total)
             rate = {"learning_rate": 1.0, "optimizer": "sgd"} if row.kind == "reptile" else {"learning_rate": 0.02}
-        fit(model, EPISODES, loss, Options(steps=30, batch_size=4, clip=0.0, **rate))  # type: ignore[arg-type]
+        fit(model, EPISODES, loss, Options(steps=30, batch_size=4, clip=0.0, **rate))
         with torch.no_grad():
             assert float(loss(model, unseen).total) < 0.97 * before, name
