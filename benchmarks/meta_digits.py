@@ -3,11 +3,12 @@
     python benchmarks/meta_digits.py                      # three seeds, about half an hour on one core
     python benchmarks/meta_digits.py --steps 5 --seeds 1  # a smoke test
 
-Classes are scikit-learn's digits, each at a random place of a canvas of 12 x 12, in four rotations, but 0, 1, 6, 8 and 9
-in two, as a half turn makes them, or one of the others, again. The classes of three digits are for the test. A task is
-five classes. A network of three convolutions adapts to one or five images of each by plain descent. Numbers are accuracy
-in percent on 15 other images of each class, over 200 episodes: each start in the cell of one grid of rates and steps
-that is best for it on 200 other episodes. Prototypes and relations have no grid. Means over seeds, with standard errors.
+Classes are scikit-learn's digits, each at a random place of a canvas of 12 x 12, in four rotations, but 0, 1, 6, 8
+and 9 in two, as a half turn makes them, or one of the others, again. The classes of three digits are for the test. A
+task is five classes. A network of three convolutions adapts to one or five images of each by plain descent. Numbers
+are accuracy in percent on 15 other images of each class, over 200 episodes: each start in the cell of one grid of
+rates and steps that is best for it on 200 other episodes. Prototypes and relations have no grid. Means over seeds,
+with standard errors.
 """
 
 from __future__ import annotations

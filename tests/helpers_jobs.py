@@ -27,7 +27,20 @@ MODULES = (
         f"mergekit_lfm.api.{name}"
         for name in ("align", "distill", "edit", "eval_plans", "generate", "judge", "lessons", "merge")
     ),
-    *(f"mergekit_lfm.api.{name}" for name in ("patches", "prepare", "push", "stats", "stats_plans", "tune")),
+    *(
+        f"mergekit_lfm.api.{name}"
+        for name in (
+            "meta",
+            "meta_lessons",
+            "meta_rounds",
+            "patches",
+            "prepare",
+            "push",
+            "stats",
+            "stats_plans",
+            "tune",
+        )
+    ),
     *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
@@ -73,6 +86,7 @@ task: lm
 }
 DATA = "--data in/text.txt --task lm"
 EDIT = "edit in/a --facts in/facts.yaml --stats in/a.gram --steps 2 --layers 0 --no-verify"
+STEPS = "--shots 2 --queries 2 --inner-steps 2 --steps 2 --batch-size 2 --threads 1"
 PREPARED = (
     *(f"stats gram in/{name} {DATA} -o in/{name}.gram" for name in "ab"),
     f"{EDIT} -o in/a.patch",
@@ -91,6 +105,8 @@ COMMANDS = {
     "align --save": "align in/b --to in/a -o out.transform --save out",
     "repair": f"repair in/merged --ends in/a in/b {DATA} -o out",
     "distill": "distill in/a --teacher in/b --data in/text.txt --task lm --steps 4 --batch-size 2 --threads 1 -o out",
+    "meta": f"meta in/a {DATA} --data in/text.txt --algorithm fomaml {STEPS} -o out",
+    "meta --on-disk": f"meta in/a {DATA} --data in/text.txt --algorithm reptile --on-disk {STEPS} -o out",
     "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
     "push": f"push in/merged {REPO}",
     "verify": "verify in/merged",
@@ -127,12 +143,12 @@ class Bench:
     def outputs(self) -> dict[str, Files]:
         """The files at each place that a command has written to; the repository is one, once it has a model.
 
-        Each stage's result is one; the folder with the course of a training does not count.
+        Each stage's result is one; the folders with the course of a training do not count.
         """
         made: dict[str, Files] = {}
         for path, entry in snapshot(self.folder).items():
             place = "/".join(path.split("/")[: 2 if path.startswith("out.stages/") else 1])
-            if place.endswith(".training"):
+            if place.endswith((".training", ".rounds")):
                 continue
             if place not in ("in", "cache") and not LEFTOVER.fullmatch(place.rpartition("/")[2]):
                 made.setdefault(place, {})[path] = entry

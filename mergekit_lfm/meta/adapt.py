@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -34,11 +35,9 @@ def adapt(
     moving = {name: x for name, x in start.items() if name not in fixed}
     slope_at = torch.func.grad(lambda found: objective({**fixed, **found}, support))
     for _ in range(steps):
-        slopes = slope_at(moving)
+        with torch.no_grad() if first_order else nullcontext():  # it ends no slope of torch.func's own
+            slopes = slope_at(moving)
         moving = {
-            name: x
-            - (rate if isinstance(rate, float) else rate[name])
-            * (slopes[name].detach() if first_order else slopes[name])
-            for name, x in moving.items()
+            name: x - (rate if isinstance(rate, float) else rate[name]) * slopes[name] for name, x in moving.items()
         }
     return {**fixed, **moving}

@@ -12,7 +12,7 @@ from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 FLOAT = 4  # bytes of a number: models compute in float32
 WINDOW = 128  # tokens of an example, where the recipe does not limit them
 WIDTHS, BLOCKS, SCORES = 12, 4, 3  # of a layer: hidden and MLP widths for each token, and tables of attention
-GRAPH = 3  # a pass and its slope, when the slope is derived again, in passes
+GRAPH = 3  # a pass and its slope as torch.func keeps them, to be derived again, in passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
     """The need of a recipe for a model with so many numbers; None for a config without the sizes of a transformer.
 
     Second-order algorithms hold the activations and the parameters of every inner step until the outer slope is there,
-    first-order ones those of the last pass alone.
+    first-order ones those of one pass at a time.
     """
     text = config.get("text_config")
     example = bytes_of_example(recipe, text if isinstance(text, Mapping) else config)
@@ -49,9 +49,9 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
     if not row.adapts:
         task = support + query
     elif row.kind == "reptile":
-        task = support + query + 3 * weights
+        task = GRAPH * (support + query) + 3 * weights
     elif row.first_order:
-        task = max(support, query) + 3 * weights
+        task = max(GRAPH * support, query) + 3 * weights
     elif row.head_only:
         task = (1 + steps) * support + query
     else:
