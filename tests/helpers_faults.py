@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,8 @@ NAMING = ("rename", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "c
 READS = ("preadv", "read")
 CALLS = (*WRITES, *SYNCS, *NAMING, *READS, "ftruncate")
 TIMEOUT_S = 60
+# Modules that commands load when they run, besides those of the package.
+OTHERS = ("_pyio", "encodings.utf_8_sig", "graphlib", "multiprocessing.synchronize", "torch.utils._device")
 OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -453,13 +456,16 @@ if __name__ == "__main__":
     import click
     import torch
 
+    import mergekit_lfm
     from mergekit_lfm.commands.app import main
     from mergekit_lfm.commands.merge import merge
     from mergekit_lfm.output import writer
     from mergekit_lfm.plan import job
 
-    for module in sys.argv[1:]:  # loaded once, for all children
-        importlib.import_module(module)
+    ours = [found.name for found in pkgutil.walk_packages(mergekit_lfm.__path__, "mergekit_lfm.")]
+    for module in [*ours, *OTHERS, *sys.argv[1:]]:  # loaded once, for all children
+        if not module.endswith(".__main__") and ".native" not in module:  # the latter need Triton
+            importlib.import_module(module)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or each child's collector would write to, and so copy, every page of this process
