@@ -421,15 +421,19 @@ def child(request: dict[str, Any], folder: Path) -> int:
     return code if isinstance(code, int) else 0 if code is None else 1
 
 
-def wait(pid: int, kill_after_s: float) -> int:
-    """The child's exit code, or minus the signal that ended it; it is killed when its time is up."""
+def wait(pid: int, kill_after_s: float, sent: int) -> int:
+    """The child's exit code, or minus the signal that ended it; when its time is up it is sent this signal, once."""
     start = time.monotonic()
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() - start > (kill_after_s or TIMEOUT_S):
+        taken = time.monotonic() - start
+        if taken > TIMEOUT_S:
             os.kill(pid, signal.SIGKILL)
+        elif kill_after_s and taken > kill_after_s:
+            os.kill(pid, sent)
+            kill_after_s = 0
         time.sleep(0.001)
 
 
@@ -444,7 +448,8 @@ def serve(requests: Iterable[str], replies: IO[str]) -> None:
             pid = os.fork()
             if not pid:
                 os._exit(child(request, folder))
-            code = wait(pid, request["fault"].get("kill_after_s", 0))
+            fault = Fault(**request["fault"])
+            code = wait(pid, fault.kill_after_s, fault.signal)
             calls = [row.split("\t", 3) for row in (folder / "calls").read_text().splitlines()]
             rows = [(name, int(nbytes), int(offset), target) for name, nbytes, offset, target in calls]
             texts = {kind: (folder / kind).read_text() for kind in ("out", "err")}
