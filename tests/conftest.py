@@ -33,9 +33,11 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from helpers_faults import Forks, warm_interpreter  # noqa: E402
+from helpers_faults import Forks, spare_syncs, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
 from helpers_lora import trio  # noqa: E402, F401
+
+spare_syncs()
 
 # Modules that take long, with about the seconds of their slow tests: a worker would end with one of them, alone.
 LONG = {

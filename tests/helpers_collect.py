@@ -241,6 +241,7 @@ def kill_everywhere(kind: str, folder: Path, step: int) -> dict[str, Any]:
 
     import mergekit_lfm.collect.run  # noqa: F401  # once, for all children
 
+    helpers_faults.spare_syncs()
     gc.collect()
     gc.freeze()  # or each child's collector would copy every page of this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
