@@ -41,18 +41,19 @@ spare_syncs()
 
 # Modules that take long, with about the seconds of their slow tests: a worker would end with one of them, alone.
 LONG = {
-    "test_kill_resume": 300,
-    "test_fused": 260,
-    "test_llamas": 160,
+    "test_fused": 200,
+    "test_llamas": 120,
     "test_edit_fixture": 120,
     "test_published": 110,
-    "test_benchmarks": 100,
+    "test_kill_resume": 90,
     "test_adapters": 90,
-    "test_collect_runs": 80,
-    "test_faults": 80,
-    "test_merge_statistics": 60,
-    "test_fuzz": 50,
+    "test_faults": 60,
+    "test_digits": 50,
+    "test_benchmarks": 40,
     "test_kills": 40,
+    "test_collect_runs": 30,
+    "test_merge_statistics": 20,
+    "test_fuzz": 20,
 }
 
 
