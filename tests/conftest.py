@@ -7,10 +7,13 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 # Set before torch is imported, and inherited by the processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of hundreds of processes would compile the package anew
+sys.dont_write_bytecode = False  # nor does pytest rewrite all tests for every worker of every run
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the cache of the process that started it
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-of-tests-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/inductor"
@@ -30,24 +33,27 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from helpers_faults import Forks, warm_interpreter  # noqa: E402
+from helpers_faults import Forks, spare_syncs, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
 from helpers_lora import trio  # noqa: E402, F401
 
+spare_syncs()
+
 # Modules that take long, with about the seconds of their slow tests: a worker would end with one of them, alone.
 LONG = {
-    "test_kill_resume": 300,
-    "test_fused": 260,
-    "test_llamas": 160,
+    "test_fused": 200,
+    "test_llamas": 120,
     "test_edit_fixture": 120,
     "test_published": 110,
-    "test_benchmarks": 100,
+    "test_kill_resume": 90,
     "test_adapters": 90,
-    "test_collect_runs": 80,
-    "test_faults": 80,
-    "test_merge_statistics": 60,
-    "test_fuzz": 50,
+    "test_faults": 60,
+    "test_digits": 50,
+    "test_benchmarks": 40,
     "test_kills": 40,
+    "test_collect_runs": 30,
+    "test_merge_statistics": 20,
+    "test_fuzz": 20,
 }
 
 

@@ -1,7 +1,8 @@
-"""Which combinations of values a test runs with: by default few that hold every pair of values, the others if slow."""
+"""Which combinations of values a test runs with: few that hold every pair of values, with LONG_TESTS=1 all."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -22,13 +23,14 @@ def pairwise(*sizes: int) -> list[tuple[int, ...]]:
 
 
 def cases(*axes: Sequence[Any], needs: Callable[..., Any] = lambda *_: ()) -> list[Any]:
-    """Every combination of the axes' values for `parametrize`; those that `pairwise` leaves out are slow.
+    """Combinations of the axes' values for `parametrize`; those that `pairwise` leaves out are slow, and LONG_TESTS.
 
     A fault of one value or of two together shows in the default run. `needs` gives further marks of a combination.
     """
     chosen = set(pairwise(*map(len, axes)))
+    every = product(*(range(len(axis)) for axis in axes))
     made = []
-    for row in product(*(range(len(axis)) for axis in axes)):
+    for row in every if "LONG_TESTS" in os.environ else sorted(chosen):
         values = [axis[i] for axis, i in zip(axes, row, strict=True)]
         marks = needs(*values)
         marks = list(marks) if isinstance(marks, tuple | list) else [marks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -238,6 +239,11 @@ def kill_everywhere(kind: str, folder: Path, step: int) -> dict[str, Any]:
     """Kill the job at every step-th system call and run it again; the number of calls, and the wrong results."""
     import helpers_faults
 
+    import mergekit_lfm.collect.run  # noqa: F401  # once, for all children
+
+    helpers_faults.spare_syncs()
+    gc.collect()
+    gc.freeze()  # or each child's collector would copy every page of this process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 
     def forked(**fault: Any) -> int:

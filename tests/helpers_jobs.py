@@ -23,25 +23,6 @@ Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
 # Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
-    *(
-        f"mergekit_lfm.api.{name}"
-        for name in ("align", "distill", "edit", "eval_plans", "generate", "judge", "lessons", "merge")
-    ),
-    *(
-        f"mergekit_lfm.api.{name}"
-        for name in (
-            "meta",
-            "meta_lessons",
-            "meta_rounds",
-            "patches",
-            "prepare",
-            "push",
-            "stats",
-            "stats_plans",
-            "tune",
-        )
-    ),
-    *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
 )

@@ -137,7 +137,7 @@ def test_a_gpu_finds_the_same_as_the_cpu(case: Given, expected: Transform) -> No
 @pytest.mark.usefixtures("pretended")
 def test_the_cpu_is_the_default() -> None:
     with pretended_gpu() as gpu:
-        found = [find_transform(**perceptrons(torch.float32), **given) for given in ({}, {"device": "cpu"})]
+        found = [find_transform(**perceptrons(torch.float32), **FEW, **on) for on in ({}, {"device": "cpu"})]
     assert not gpu.there and found[0].info == found[1].info
 
 
@@ -168,7 +168,7 @@ def test_large_products_are_computed_there(tmp_path: Path) -> None:
     assert gpu.there["mm"] and gpu.there["bmm"] and gpu.there["_linalg_svd"]
     assert HEAVY & set(gpu.here) == {"_linalg_svd", "mm"}  # blocks that act inside of heads
     with pretended_gpu() as gpu:
-        find_transform(**perceptrons(torch.float32), device="cuda")
+        find_transform(**perceptrons(torch.float32), **FEW, device="cuda")
     assert gpu.there["mm"] and not HEAVY & set(gpu.here)
 
 

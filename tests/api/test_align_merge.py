@@ -139,7 +139,7 @@ def test_too_little_memory_is_refused_before_the_work(models: Path, monkeypatch:
 
 @pytest.mark.usefixtures("models")
 def test_the_planned_bounds_hold():
-    entry = {"model": "b", "align": {"to": "a", "method": "rotation"}}
+    entry = {"model": "b", "align": {"to": "a", "method": "rotation", "sweeps": 3}}
     before = make_plan(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}, entry], **ONE}))
     after = prepare(before, Path("out"))
     assert after.digest == before.digest and not after.pending
@@ -270,7 +270,8 @@ def test_other_widths_take_the_shapes_of_the_model_aligned_to(tmp_path: Path, mo
 
 
 def test_save_writes_the_rewritten_model_and_compares_its_outputs(models: Path) -> None:
-    result = run("align", "b", "--to", "a", "--method", "rotation", "-o", "found.st", "--save", "near", "--json")
+    found = ["--method", "rotation", "--sweeps", "3", "-o", "found.st"]
+    result = run("align", "b", "--to", "a", *found, "--save", "near", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     told = json.loads(result.stdout)
     assert told["saved"]["same"] and told["saved"]["difference"] <= told["saved"]["tolerance"]

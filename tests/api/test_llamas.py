@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,14 @@ script = pytest.importorskip("recipes.make.llamas")
 benchmark = pytest.importorskip("benchmarks.llama_alignment")
 
 ROOT = Path(__file__).parents[2]
-SEEDS = (0, 1)
+SEEDS = (0, 1) if "LONG_TESTS" in os.environ else (0,)
 STEPS = 300  # of the script's 1,500; with fewer steps there is hardly a barrier
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def pairs(made_once: Callable[..., Path]) -> list[Path]:
-    """Two pairs, in folders as the script makes them."""
+    """Pairs, in folders as the script makes them."""
 
     def make(root: Path) -> None:
         torch.set_num_threads(1)

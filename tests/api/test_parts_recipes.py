@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,9 @@ QUICKSTART = {name: RECIPES / "quickstart" / name for name in ("base", "docs", "
 
 def prepare(script: str, models: str, recipe: str, folder: Path) -> None:
     """Put a recipe into the folder, and the models that a script makes for it."""
-    command = [sys.executable, str(RECIPES / "make" / script), str(folder / models)]
-    subprocess.run(command, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [script, str(folder / models)])
+        importlib.import_module(f"recipes.make.{script}").main()
     shutil.copy(RECIPES / recipe, folder)
 
 
@@ -79,7 +79,7 @@ def test_three_stages_yaml_is_its_formula(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def vision(made_once: MadeOnce) -> Path:
     """A folder with the recipe and its models."""
-    return made_once("vision", partial(prepare, "vision.py", "vision", "vision_language.yaml"))
+    return made_once("vision", partial(prepare, "vision", "vision", "vision_language.yaml"))
 
 
 def test_vision_language_yaml_is_a_formula_for_each_module(vision: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_vision_language_yaml_is_a_formula_for_each_module(vision: Path, tmp_pat
 @pytest.fixture(scope="module")
 def tokens(made_once: MadeOnce) -> Path:
     """A folder with the recipe and its models."""
-    return made_once("tokens", partial(prepare, "tokens.py", "tokens", "three_tokenizers.yaml"))
+    return made_once("tokens", partial(prepare, "tokens", "tokens", "three_tokenizers.yaml"))
 
 
 def test_three_tokenizers_yaml_merges_rows_by_token(tokens: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_commands import refusal, run, start
+from helpers_commands import refusal, run
 from helpers_editing import LLAMA, trained_tokenizer
+from helpers_faults import warm_interpreter
+from helpers_jobs import MODULES
 from helpers_tune import tiny, transformers  # noqa: F401
 from safetensors.torch import load_file
 
@@ -317,25 +319,23 @@ def test_a_folder_that_is_not_ours_is_not_written_to() -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
-    arguments = ["tune", "llama", "--data", "llama.jsonl", "--task", "lm", "--steps", "200", "--threads", "1", "-q"]
+    arguments = ["tune", "llama", "--data", "llama.jsonl", "--task", "lm", "--steps", "100", "--threads", "1", "-q"]
+    with warm_interpreter(*MODULES) as forks:
 
-    def finish(out: str) -> str:
-        with start(here, *arguments, "-o", out) as process:
-            process.communicate()
-        assert process.returncode == 0
-        return open_checkpoint(out).content
+        def finish(out: str) -> str:
+            ran = forks.command(*arguments, "-o", out, cwd=here)
+            assert ran.code == 0, ran.err
+            return open_checkpoint(out).content
 
-    begun = time.monotonic()
-    expected = finish("whole")
-    seconds = time.monotonic() - begun
-    for moment in range(3):
-        out = f"out{moment}"
-        with start(here, *arguments, "-o", out) as process:
-            time.sleep(seconds * (moment + 1) / 4)
-            process.send_signal(signal.SIGINT if moment % 2 else signal.SIGKILL)
-            process.communicate()
-        assert not Path(out).exists() or open_checkpoint(out).content == expected
-        assert finish(out) == expected
+        expected = finish("first")
+        begun = time.monotonic()
+        assert finish("whole") == expected
+        seconds = time.monotonic() - begun
+        for moment, sent in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGKILL)):
+            out = f"out{moment}"
+            forks.command(*arguments, "-o", out, cwd=here, kill_after_s=seconds * (moment + 1) / 4, signal=sent)
+            assert not Path(out).exists() or open_checkpoint(out).content == expected
+            assert finish(out) == expected
 
 
 def test_a_second_run_for_the_same_output_is_refused(here: Path) -> None:

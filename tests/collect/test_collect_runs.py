@@ -66,7 +66,7 @@ def test_a_layer_larger_than_the_memory_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("gram", 5), *(pytest.param(kind, 3, marks=pytest.mark.slow) for kind in ("gram", "cross", "fisher"))],
+    [("gram", 11), *(pytest.param(kind, 3, marks=pytest.mark.slow) for kind in ("gram", "cross", "fisher"))],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(kind: str, step: int, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(HELPER.parents[1])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import architecture  # noqa: E402
 
 PAGE = architecture.PAGE.read_text(encoding="utf-8")
-MODULES = architecture.modules_of(ROOT)
+modules_of = cache(architecture.modules_of)  # which takes seconds, and no worker but one needs it
 FLOORS = {"low": 0, "middle": 1, "high": 2}
 
 
@@ -24,7 +25,7 @@ def faults(**modules: str) -> list[str]:
 
 
 def test_no_import_goes_up_and_nothing_forms_a_circle() -> None:
-    assert architecture.faults_of(architecture.graph_of(MODULES), architecture.floors_of(ROOT)) == []
+    assert architecture.faults_of(architecture.graph_of(modules_of(ROOT)), architecture.floors_of(ROOT)) == []
 
 
 def test_the_tables_of_the_page_are_those_of_the_code() -> None:
@@ -32,14 +33,14 @@ def test_the_tables_of_the_page_are_those_of_the_code() -> None:
 
 
 def test_every_long_module_has_its_idea_and_no_other_module_has_one() -> None:
-    long = {name for name in MODULES if architecture.lines_of(ROOT, name) > architecture.LONG}
+    long = {name for name in modules_of(ROOT) if architecture.lines_of(ROOT, name) > architecture.LONG}
     assert {name for name, idea in architecture.ideas_in(PAGE).items() if idea.strip()} == long
 
 
 def test_the_page_names_every_room_and_every_room_says_its_purpose() -> None:
-    rooms = architecture.rooms_of(architecture.graph_of(MODULES))
+    rooms = architecture.rooms_of(architecture.graph_of(modules_of(ROOT)))
     assert set(rooms) == set(architecture.floors_of(ROOT))
-    assert [room for room in rooms if not architecture.first_sentence(MODULES[room])] == []
+    assert [room for room in rooms if not architecture.first_sentence(modules_of(ROOT)[room])] == []
 
 
 @pytest.mark.parametrize(

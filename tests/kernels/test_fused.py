@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -62,7 +63,10 @@ FUNCTIONS: dict[str, tuple[Any, Any, torch.dtype | None]] = {
 BY_ROW = {  # weights of blocks of whole rows
     "rows": (weighted_sum, Spread(torch.linspace(0, 1, 24 * BLOCK).double().reshape(-1, 3), 64), torch.bfloat16),
 }
-COMPILED = [name for name in FUNCTIONS | BY_ROW if name != "arcee fusion"]  # its coefficients are as large as blocks
+NEVER = {"arcee fusion"}  # its coefficients are as large as blocks
+ALIKE = {"dare", "global ties", "magnitudes"}  # others have their operations
+SKIPPED = NEVER if "LONG_TESTS" in os.environ else NEVER | ALIKE
+COMPILED = [name for name in FUNCTIONS | BY_ROW if name not in SKIPPED]
 
 
 def stored_block(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -122,6 +126,13 @@ def test_compiled_is_eager_bit_for_bit(name: str, own_cache: Path) -> None:
         )
     )
     assert next(iter(other._kernels.values())) is not None
+    lengths = () if name in BY_ROW else (BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4)
+    for count in lengths:  # as parts of a whole block, by the same library; the last one eagerly
+        local = coefficients.at(0, count, torch.float32)
+        rows, below = tuple(x[:count] for x in stored), None if base is None else base[:count]
+        short = Step(function, rows, below, local, torch.float32, out)
+        assert all(map(torch.equal, bits(kernels(short)), bits(run_eagerly(short))))
+    assert len(kernels._kernels) == 1 and not kernels.problems
 
 
 def test_nothing_is_compiled_that_does_not_pay(own_cache: Path) -> None:
@@ -146,20 +157,6 @@ def test_a_failed_compilation_is_reported_and_runs_eagerly(monkeypatch: pytest.M
     eager = run_eagerly(Step(weighted_sum, stored, base, local, torch.float32, torch.bfloat16))
     assert torch.equal(result, eager)
     assert kernels.problems == {"weighted_sum runs without being compiled: no compiler here"}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("own_cache")
-def test_a_shorter_block_runs_compiled_as_part_of_a_whole_one() -> None:
-    """Whatever its length, from a fourth of a block on, by the one library; a shorter one runs eagerly."""
-    function, coefficients, out = FUNCTIONS["della"]
-    stored, base = stored_block(torch.bfloat16)
-    kernels = Kernels("always", 1, BLOCK, threads=1)
-    for count in (BLOCK, BLOCK - 1, BLOCK // 4 + 1, BLOCK // 4):
-        local = coefficients.at(0, count, torch.float32)
-        step = Step(function, tuple(x[:count] for x in stored), base[:count], local, torch.float32, out)
-        assert torch.equal(kernels(step), run_eagerly(step))
-    assert len(kernels._kernels) == 1 and all(kernels._kernels.values()) and not kernels.problems
 
 
 @pytest.mark.slow

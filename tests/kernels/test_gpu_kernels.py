@@ -28,6 +28,7 @@ from mergekit_lfm.kernels.ranks import largest
 from mergekit_lfm.kernels.step import Step, run_eagerly, take_apart
 from mergekit_lfm.kernels.sums import Spread, Weights, weighted_sum
 
+LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="takes minutes more: LONG_TESTS=1 runs it")
 DEVICE = stand_in().device
 VALUES = ["normal", "bfloat16", "equal", "zero", "few", "subnormal"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -264,13 +265,14 @@ print("compiled")
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "architecture"),
     [
         ("bfloat16", "90"),
-        pytest.param("float64", "80", marks=pytest.mark.slow),
-        pytest.param("bfloat16", "80", marks=pytest.mark.slow),
-        pytest.param("float64", "90", marks=pytest.mark.slow),
+        ("float64", "80"),
+        pytest.param("bfloat16", "80", marks=LONG),
+        pytest.param("float64", "90", marks=LONG),
     ],
 )
 def test_compiled_kernels_contract_nothing_and_divide_exactly(dtype: str, architecture: str) -> None:
@@ -407,7 +409,7 @@ def test_grams_are_those_of_exact_arithmetic_within_rounding(
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_a_kernels_sums_have_the_bits_of_the_formula(dtype: torch.dtype) -> None:
     """Of five inputs, whose fifteen products take two kernels; the last block is shorter."""
     rows, base = list(values_of("normal", (5, 5001), dtype)), values_of("few", (5001,), dtype)

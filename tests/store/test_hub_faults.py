@@ -164,7 +164,14 @@ def test_the_files_on_the_hub_are_compared_with_the_pushed_ones(
     assert hub.exists(REPO)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/blob/"), ("PUT", "/lfs/"), ("POST", "/commit/")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        pytest.param("GET", "/blob/", marks=pytest.mark.slow),
+        pytest.param("PUT", "/lfs/", marks=pytest.mark.slow),
+        ("POST", "/commit/"),
+    ],
+)
 def test_a_run_that_is_killed_on_the_way_goes_on(
     method: str, path: str, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

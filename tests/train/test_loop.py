@@ -25,7 +25,7 @@ from mergekit_lfm.train.state import METRICS
 
 def test_a_line_becomes_that_of_least_squares() -> None:
     model, examples = Net(), data()
-    fit(model, examples, squares, Options(steps=3000, batch_size=24, learning_rate=0.05, schedule="cosine", clip=0.0))
+    fit(model, examples, squares, Options(steps=1000, batch_size=24, learning_rate=0.1, schedule="cosine", clip=0.0))
     rows = torch.stack([torch.cat([item["x"], torch.ones(1).double()]) for item in examples.items])
     wanted = torch.linalg.lstsq(rows, torch.stack([item["labels"] for item in examples.items])[:, None]).solution
     assert torch.allclose(numbers(model), wanted.flatten(), atol=1e-6)
@@ -313,7 +313,7 @@ def test_a_penalty_holds_the_start() -> None:
     model, examples = Net(), data()
     start = {name: x.detach().clone() for name, x in model.named_parameters()}
     loss = towards(squares, start, 3.0)
-    fit(model, examples, loss, Options(steps=3000, batch_size=24, learning_rate=0.05, schedule="cosine", clip=0.0))
+    fit(model, examples, loss, Options(steps=1000, batch_size=24, learning_rate=0.1, schedule="cosine", clip=0.0))
     rows = torch.stack([torch.cat([item["x"], torch.ones(1).double()]) for item in examples.items])
     wanted = torch.stack([item["labels"] for item in examples.items])
     first = torch.cat([x.flatten() for x in start.values()])
