@@ -60,7 +60,7 @@ def at_once(line: str) -> str:
     """inductor's line that loads eight numbers for AVX2, as one instruction if they are of 16 bits or integers.
 
     torch copies these to memory in two parts and loads the whole from there, which the processor cannot do before both
-    are written: TIES of bfloat16 takes four times as long (torch 2.13; with AVX-512 it loads them at once).
+    are written: `apply` of DELLA takes 10 ns for an element in place of 2 (torch 2.13; AVX-512 has no such copies).
     """
     found = re.fullmatch(r"(at::vec::Vectorized<(.*)>)::loadu\((.*), (static_cast<int64_t>\(8L?\)|8L?)\)", line)
     if found is None:
