@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.kernels.random import LocalRankedCoins
-
 BLOCK = 1 << 18  # elements; every sum runs over blocks of this size, whatever the memory or number of threads
 
 SEGMENT = 64  # blocks; the unit of digests and of resumption, and of parallel work within a large tensor
@@ -51,8 +49,8 @@ class Block(Protocol):
     def settle(self, local: Any) -> Any:
         """local with masks in place of coins that depend on ranks, see `kernels.random.settle`."""
 
-    def sums_by_rank(self, local: LocalRankedCoins) -> torch.Tensor:
-        """Sums of magnitudes before and after masks by coins that depend on ranks, float64 [n, 2]."""
+    def sums_by_rank(self, local: Any) -> torch.Tensor:
+        """Sums of magnitudes before and after masks by `kernels.random.LocalRankedCoins`, float64 [n, 2]."""
 
 
 class Chunk(Block, Protocol):
