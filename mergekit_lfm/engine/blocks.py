@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_lfm.kernels.block import SEGMENT, Coefficients, Elementwise
-from mergekit_lfm.kernels.random import Known, ranked_mask, settle
+from mergekit_lfm.kernels.random import Known, LocalRankedCoins, ranked_mask, ranked_sums, settle
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.kernels.step import RunStep, Step, run_eagerly
 from mergekit_lfm.machine.accelerators import HOST, Accelerator, ReadRange
@@ -71,6 +71,10 @@ class StoredBlock:
     def settle(self, local: Any) -> Any:
         """local with masks in place of coins that depend on ranks."""
         return settle(local, self, self.known, getattr(self.run, "ranked_mask", ranked_mask))
+
+    def sums_by_rank(self, local: LocalRankedCoins) -> torch.Tensor:
+        """Sums of magnitudes before and after masks by coins that depend on ranks, float64 [n, 2]."""
+        return local.sums(self, self.known, getattr(self.run, "ranked_sums", ranked_sums))
 
     def blocks(self) -> Iterator[tuple[int, StoredBlock]]:
         """Every block of a chunk with its number in the tensor."""

@@ -46,6 +46,14 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (bits & mask.to(bits.dtype)).view(x.dtype)
 
 
+def sums_of_magnitudes(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The sum of |x|, and that over the entries where the mask is all ones, float64 [2]."""
+    import torch
+
+    size = x.abs()
+    return torch.stack([part.sum(dtype=torch.float64) for part in (size, apply_mask(size, mask))])
+
+
 def negative(x: torch.Tensor) -> torch.Tensor:
     """A mask of the entries below zero, to be used by `flip_signs`."""
     if compiling:

@@ -49,6 +49,9 @@ class Block(Protocol):
     def settle(self, local: Any) -> Any:
         """local with masks in place of coins that depend on ranks, see `kernels.random.settle`."""
 
+    def sums_by_rank(self, local: Any) -> torch.Tensor:
+        """Sums of magnitudes before and after masks by `kernels.random.LocalRankedCoins`, float64 [n, 2]."""
+
 
 class Chunk(Block, Protocol):
     """Several neighbouring blocks at once, on a device. size: elements of a block; the last may be shorter.

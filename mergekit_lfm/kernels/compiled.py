@@ -32,7 +32,7 @@ import xxhash
 from mergekit_lfm.kernels import bits
 from mergekit_lfm.kernels.inductor import compile_library, load_library
 from mergekit_lfm.kernels.libraries import Libraries, compiler, instructions, keep
-from mergekit_lfm.kernels.random import ranked_mask
+from mergekit_lfm.kernels.random import ranked_mask, ranked_sums
 from mergekit_lfm.kernels.ranked import PAYS, RankedMasks
 from mergekit_lfm.kernels.step import Elementwise, Form, Step, leaves_of, put_together, resize, run_eagerly, take_apart
 
@@ -61,7 +61,9 @@ class Kernels:
         self._lock = Lock()
         self._libraries = Libraries(self.problems)
         pays = mode == "always" or (blocks >= PAYS and compiler() is not None)
-        self.ranked_mask = ranked_mask if mode == "never" else RankedMasks(self._libraries, compiles=pays)
+        masks = None if mode == "never" else RankedMasks(self._libraries, compiles=pays)
+        self.ranked_mask = masks or ranked_mask
+        self.ranked_sums = masks.with_sums if masks else ranked_sums
 
     def __enter__(self) -> Kernels:
         return self

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mergekit_lfm.kernels.random import settle
+from mergekit_lfm.kernels.random import LocalRankedCoins, ranked_sums, settle
 from mergekit_lfm.kernels.reductions import Reduction
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class ComputedRows:
 
     def settle(self, local: Any) -> Any:
         return settle(local, self)
+
+    def sums_by_rank(self, local: LocalRankedCoins) -> torch.Tensor:
+        return local.sums(self, None, ranked_sums)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         for first in range(0, self.count, self.size):

@@ -14,6 +14,7 @@ from operator import is_
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_lfm.kernels.bits import sums_of_magnitudes
 from mergekit_lfm.kernels.constants import constant
 from mergekit_lfm.kernels.order import by_rank
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Block
 
     RankedMask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `ranked_mask`
+    RankedSums = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 Known = dict[tuple[int, ...], "np.ndarray[Any, Any]"]
 
@@ -147,6 +149,12 @@ def ranked_mask(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tor
     return mask.to(torch.int8) if x.is_cpu else mask
 
 
+def ranked_sums(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ranked_mask`, and the sums of |x| over all entries and over those that it keeps, float64 [2]."""
+    mask = ranked_mask(key, x, limits)
+    return mask, sums_of_magnitudes(x, mask)
+
+
 class LocalRankedCoins(NamedTuple):
     """Coins for one block: states, int64 [n]; for each input the limits by rank in a row, int32 [row]."""
 
@@ -162,14 +170,34 @@ class LocalRankedCoins(NamedTuple):
         import numpy as np
         import torch
 
-        here = () if known is None else (block.count, *self.keys.tolist())
+        here = self._place(block)
         if known is not None and here in known:
             kept = np.unpackbits(known[here], axis=1, count=block.count)
             return LocalMasks(torch.from_numpy(kept).view(torch.int8).neg_().int())
-        masks = torch.stack([self.mask(i, block.row(i), make) for i in range(len(block))])
+        masks = [self.mask(i, block.row(i), make) for i in range(len(block))]
         if known is not None:
-            known[here] = np.packbits(masks.numpy(), axis=1)
-        return LocalMasks(masks.int())
+            known[here] = _pack(masks)
+        return LocalMasks(torch.stack(masks).int())
+
+    def sums(self, block: Block, known: Known | None, make: RankedSums) -> torch.Tensor:
+        """Sums of magnitudes of a block before and after its masks, float64 [n, 2]; the masks go into `known`."""
+        import torch
+
+        masks, sums = zip(*(make(self.keys[i], block.row(i), self.limits[i]) for i in range(len(block))), strict=True)
+        if known is not None:
+            known[self._place(block)] = _pack(masks)
+        return torch.stack(sums)
+
+    def _place(self, block: Block) -> tuple[int, ...]:
+        """The key of the block's masks among those that are known."""
+        return (block.count, *self.keys.tolist())
+
+
+def _pack(masks: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
+    """Masks in the processor's memory as bits, a row for each."""
+    import numpy as np
+
+    return np.stack([np.packbits(mask.numpy()) for mask in masks])
 
 
 def settle(local: Any, block: Block, known: Known | None = None, make: RankedMask = ranked_mask) -> Any:

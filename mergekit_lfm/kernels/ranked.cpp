@@ -1,41 +1,67 @@
-// Coins that depend on ranks: the compiled form of `ranked_mask` in random.py, to the bit, for float32.
+// Coins that depend on ranks: the compiled form of `ranked_mask` and `ranked_sums` in random.py, to the bit, for float32.
 //
-// A row's entries are put into slots by their magnitudes, 1/8 of the slots for each power of two below the largest. Then
-// all are in order but those that share a slot with others; these few are moved.
+// A row's entries are put into slots by their magnitudes, 1/8 of the slots for each power of two below the largest. Where
+// those of a slot are equal, counting them gives their ranks; in the changes of 16-bit models few are not, and are sorted.
+// Otherwise all are in order but those that share a slot with others; these are moved.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace {
 
 constexpr uint32_t NOT_A_NUMBER = 0x7F800001;  // all NaNs count as equal, and as larger than infinity
 constexpr int FEWEST = 3, MOST = 12;           // slots, as powers of two
 constexpr int MOVES = 16;                      // for each entry, before sorting takes less time
+constexpr int FEW = 8;                         // a row's part to be sorted, from which on sorting all takes less time
 
 uint32_t magnitude(uint32_t bits) { return std::min(bits & 0x7FFFFFFFu, NOT_A_NUMBER); }
 
-// entries: index in the lower half, by falling magnitude. slot: scratch. Both are as long as the row.
-void rank(const uint32_t *x, uint32_t row, uint32_t *slot, uint64_t *entries) {
-    int digits = FEWEST;
-    while (digits < MOST && row >> (digits + 1)) digits++;
-    const uint32_t slots = 1u << digits, shift = 26 - digits;
+// The slots of a row by falling magnitude, and a last one for all that are smaller.
+struct Slots {
+    uint32_t number, shift, top = 0;
 
-    uint32_t top = 0;
-    for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(x[i]));
-    top >>= shift;
-    const uint32_t bottom = top < slots ? 0 : top - (slots - 1);
-    for (uint32_t i = 0; i < row; i++) slot[i] = top - std::max(magnitude(x[i]) >> shift, bottom);
+    Slots(const uint32_t *x, uint32_t row) {
+        int digits = FEWEST;
+        while (digits < MOST && row >> (digits + 1)) digits++;
+        number = 1u << digits, shift = 26 - digits;
+        for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(x[i]));
+        top >>= shift;
+    }
 
+    uint32_t of(uint32_t size) const { return std::min(top - (size >> shift), number); }
+
+    // Not 0 if a smaller magnitude belongs to the same slot.
+    uint32_t rest(uint32_t size) const { return size & (top - (size >> shift) < number ? (1u << shift) - 1 : ~0u); }
+};
+
+// Index in the lower half, sorted by falling magnitude.
+uint64_t as_entry(uint32_t bits, uint32_t i) { return uint64_t(NOT_A_NUMBER - magnitude(bits)) << 32 | i; }
+
+// counts -> the sums of those before.
+void add_up(uint32_t *counts, uint32_t number) {
+    uint32_t start = 0;
+    for (uint32_t s = 0; s < number; s++) {
+        const uint32_t count = counts[s];
+        counts[s] = start;
+        start += count;
+    }
+}
+
+// limit: of each entry, that of its rank. entries: scratch. Both are as long as the row.
+void rank_all(const uint32_t *x, uint32_t row, const Slots &slots, const int32_t *limits, uint64_t *entries, int32_t *limit) {
+    uint32_t *slot = reinterpret_cast<uint32_t *>(limit);
+    for (uint32_t i = 0; i < row; i++) slot[i] = slots.of(magnitude(x[i]));
     uint32_t next[(1 << MOST) + 1];
-    std::memset(next, 0, (slots + 1) * sizeof *next);
-    for (uint32_t i = 0; i < row; i++) next[slot[i] + 1]++;
-    for (uint32_t s = 1; s < slots; s++) next[s + 1] += next[s];
-    for (uint32_t i = 0; i < row; i++)
-        entries[next[slot[i]]++] = uint64_t(NOT_A_NUMBER - magnitude(x[i])) << 32 | i;
+    std::fill_n(next, slots.number + 1, 0);
+    for (uint32_t i = 0; i < row; i++) next[slot[i]]++;
+    add_up(next, slots.number + 1);
+    for (uint32_t i = 0; i < row; i++) entries[next[slot[i]]++] = as_entry(x[i], i);
 
     uint64_t moves = 0;
-    for (uint32_t i = 1; i < row; i++) {
+    for (uint32_t i = 1; i < row && moves <= uint64_t(MOVES) * row; i++) {
         const uint64_t entry = entries[i];
         if (entries[i - 1] < entry) continue;
         uint32_t at = i;
@@ -45,8 +71,41 @@ void rank(const uint32_t *x, uint32_t row, uint32_t *slot, uint64_t *entries) {
         } while (at && entries[at - 1] > entry);
         entries[at] = entry;
         moves += i - at;
-        if (moves > uint64_t(MOVES) * row) return std::sort(entries, entries + row);
     }
+    if (moves > uint64_t(MOVES) * row) std::sort(entries, entries + row);
+    for (uint32_t i = 0; i < row; i++) limit[uint32_t(entries[i])] = limits[i];
+}
+
+// The same. Entries with a rest are sorted: they are the first of their slots. The others of a slot are equal.
+void rank(const uint32_t *x, uint32_t row, const int32_t *limits, uint64_t *entries, int32_t *limit) {
+    const Slots slots(x, row);
+    const uint32_t apart = slots.number + 1;
+    uint32_t *slot = reinterpret_cast<uint32_t *>(limit), count = 0;
+    for (uint32_t i = 0; i < row; i++) {
+        const uint32_t size = magnitude(x[i]), at = slots.of(size), rest = slots.rest(size);
+        slot[i] = rest ? apart : at;
+        count += rest ? 1 : 0;
+    }
+    if (count > row / FEW) return rank_all(x, row, slots, limits, entries, limit);
+
+    uint32_t next[(1 << MOST) + 2];
+    std::fill_n(next, apart + 1, 0);
+    uint64_t *end = entries;
+    for (uint32_t i = 0; i < row; i++) {
+        next[slot[i]]++;
+        if (slot[i] == apart) *end++ = as_entry(x[i], i);
+    }
+    std::sort(entries, end);
+    const auto slot_of = [&](uint64_t entry) { return slots.of(NOT_A_NUMBER - uint32_t(entry >> 32)); };
+    for (uint64_t *each = entries; each < end; each++) next[slot_of(*each)]++;
+    next[apart] = 0;
+    add_up(next, apart);
+    for (uint64_t *each = entries; each < end; each++) {
+        const uint32_t place = next[slot_of(*each)]++;
+        *each = uint64_t(place) << 32 | uint32_t(*each);
+    }
+    for (uint32_t i = 0; i < row; i++) limit[i] = limits[next[slot[i]]++];
+    for (uint64_t *each = entries; each < end; each++) limit[uint32_t(*each)] = limits[*each >> 32];
 }
 
 // The generator's word of two entries, `words` in random.py.
@@ -57,33 +116,85 @@ uint64_t word(uint64_t key, int64_t pair) {
     return z ^ z >> 31;
 }
 
-int8_t below(uint64_t number, int32_t limit) { return ((int32_t(number) >> 1) - limit) >> 31; }
+int32_t below(uint64_t number, int32_t limit) { return ((int32_t(number) >> 1) - limit) >> 31; }
 
-// The masks of the entries from index `start` on.
-void draw(uint64_t key, int64_t start, uint32_t count, const int32_t *limit, int8_t *mask) {
+// The masks of the entries from index `start` on, in place of their limits.
+void draw(uint64_t key, int64_t start, uint32_t count, int32_t *limit) {
     if (start % 2 && count) {
-        *mask++ = below(word(key, start++ / 2) >> 32, *limit++);
+        *limit = below(word(key, start++ / 2) >> 32, *limit);
+        limit++;
         count--;
     }
     for (uint32_t i = 0; i < count / 2; i++) {
         const uint64_t both = word(key, start / 2 + i);
-        mask[2 * i] = below(both, limit[2 * i]);
-        mask[2 * i + 1] = below(both >> 32, limit[2 * i + 1]);
+        limit[2 * i] = below(both, limit[2 * i]);
+        limit[2 * i + 1] = below(both >> 32, limit[2 * i + 1]);
     }
-    if (count % 2) mask[count - 1] = below(word(key, (start + count) / 2), limit[count - 1]);
+    if (count % 2) limit[count - 1] = below(word(key, (start + count) / 2), limit[count - 1]);
 }
+
+template <class To, class From> To same_bits(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+constexpr uint32_t LANES = 64;  // independent sums, so that the compiler may compute several at once
+
+// Sums of magnitudes, and the largest power of two that divides all of them but zeros, times 2^23.
+class Sums {
+    double all[LANES] = {}, kept[LANES] = {};
+    uint32_t unit[LANES];  // the bits of floats, which are ordered as these
+
+    void add_some(const uint32_t *x, const int32_t *mask, uint32_t count) {
+        for (uint32_t i = 0; i < count; i++) {
+            const uint32_t bits = x[i] & 0x7FFFFFFF, digits = (bits & 0x7FFFFF) | 0x800000;
+            all[i] += same_bits<float>(bits);
+            kept[i] += same_bits<float>(bits & mask[i]);
+            const float last = float(int32_t(digits & -digits)) * same_bits<float>(bits & 0x7F800000);
+            unit[i] = std::min(unit[i], same_bits<uint32_t>(last) - (bits == 0));
+        }
+    }
+
+public:
+    Sums() { std::fill_n(unit, LANES, same_bits<uint32_t>(std::numeric_limits<float>::max())); }
+
+    void add(const uint32_t *x, const int32_t *mask, uint32_t count) {
+        uint32_t i = 0;
+        for (; i + LANES <= count; i += LANES) add_some(x + i, mask + i, LANES);
+        add_some(x + i, mask + i, count - i);
+    }
+
+    // Both totals, in some order; true if any order gives these. All partial sums are multiples of the unit. Those up to
+    // 2^53 times it are float64 numbers, and a total that is rounded is far from twice the true one.
+    bool write(double *totals) const {
+        totals[0] = totals[1] = 0;
+        uint32_t least = unit[0];
+        for (uint32_t i = 0; i < LANES; i++) {
+            totals[0] += all[i];
+            totals[1] += kept[i];
+            least = std::min(least, unit[i]);
+        }
+        return totals[0] <= std::ldexp(double(same_bits<float>(least)), 52 - 23);
+    }
+};
 
 }  // namespace
 
 // mask [rows * row]: all ones for the entries of x that are kept by the coins of the state `key`, whose limits depend on
-// the rank in the row. scratch: three times as long as a row.
-extern "C" void ranked_mask(const uint32_t *x, int64_t rows, uint32_t row, uint64_t key, const int32_t *limits,
-                            uint32_t *scratch, int8_t *mask) {
+// the rank in the row. scratch: three times as long as a row. totals: the sums of |x| over all entries and over those
+// kept; true if these do not depend on the order.
+extern "C" bool ranked_mask(const uint32_t *x, int64_t rows, uint32_t row, uint64_t key, const int32_t *limits,
+                            uint32_t *scratch, int8_t *mask, double *totals) {
     uint64_t *entries = reinterpret_cast<uint64_t *>(scratch);
     int32_t *limit = reinterpret_cast<int32_t *>(scratch + 2 * row);
+    Sums sums;
     for (int64_t start = 0; start < rows * row; start += row) {
-        rank(x + start, row, scratch + 2 * row, entries);
-        for (uint32_t i = 0; i < row; i++) limit[uint32_t(entries[i])] = limits[i];
-        draw(key, start, row, limit, mask + start);
+        rank(x + start, row, limits, entries, limit);
+        draw(key, start, row, limit);
+        std::copy_n(limit, row, mask + start);
+        sums.add(x + start, limit, row);
     }
+    return sums.write(totals);
 }

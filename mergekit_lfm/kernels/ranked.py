@@ -1,6 +1,9 @@
 """Coins that depend on ranks, by compiled code: `ranked_mask` in 3 ns for an entry of a bfloat16 model's delta.
 
 numpy takes 12 ns, and is there where no compiler is. The source, `ranked.cpp`, is compiled in half a second.
+
+The same code adds up magnitudes where no sum of some of them rounds, so that every order gives torch's result: those of
+changes of 16-bit models. Where one might round, torch adds them up.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from threading import Lock
 import torch
 import xxhash
 
+from mergekit_lfm.kernels.bits import sums_of_magnitudes
 from mergekit_lfm.kernels.libraries import Libraries, compiler, instructions, keep
 from mergekit_lfm.kernels.random import ranked_mask
 
@@ -23,7 +27,8 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 LONGEST = 1 << 16  # elements of a row; longer ones have too many entries in a slot, and numpy takes less time
 PAYS = 64  # blocks of a merge of three models, from which on compiling takes less time than it saves
 
-Native = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Sums = torch.Tensor | None  # None if they might depend on the order
+Native = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
 class RankedMasks:
@@ -35,12 +40,20 @@ class RankedMasks:
         self._native: Native | None = None
 
     def __call__(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+        return self._make(key, x, limits)[0]
+
+    def with_sums(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ranked_sums`, likewise."""
+        mask, sums = self._make(key, x, limits)
+        return mask, sums_of_magnitudes(x, mask) if sums is None else sums
+
+    def _make(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         if x.dtype != torch.float32 or len(limits) > LONGEST:
-            return ranked_mask(key, x, limits)
+            return ranked_mask(key, x, limits), None
         with self._lock:
             if not self._sought:
                 self._native, self._sought = self._obtain(), True
-        return (self._native or ranked_mask)(key, x, limits)
+        return self._native(key, x, limits) if self._native else (ranked_mask(key, x, limits), None)
 
     def _obtain(self) -> Native | None:
         name = f"ranked-{xxhash.xxh3_128_hexdigest(SOURCE.read_bytes() + f'{OPTIONS} {instructions()}'.encode())}"
@@ -70,15 +83,16 @@ def load(library: Path) -> Native:
     """The library as a function of float32 in the processor's memory."""
     function = ctypes.CDLL(str(library)).ranked_mask
     pointer = ctypes.c_void_p
-    function.argtypes = [pointer, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, pointer, pointer, pointer]
-    function.restype = None
+    function.argtypes = [pointer, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, *[pointer] * 4]
+    function.restype = ctypes.c_bool
 
-    def run(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    def run(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         row = len(limits)
         mask, scratch = torch.empty(len(x), dtype=torch.int8), torch.empty(3 * row, dtype=torch.int32)
+        sums = torch.empty(2, dtype=torch.float64)
         state = int(key) & 0xFFFFFFFFFFFFFFFF
-        pointers = limits.data_ptr(), scratch.data_ptr(), mask.data_ptr()
-        function(x.data_ptr(), len(x) // row, row, state, *pointers)
-        return mask
+        pointers = limits.data_ptr(), scratch.data_ptr(), mask.data_ptr(), sums.data_ptr()
+        exact = function(x.data_ptr(), len(x) // row, row, state, *pointers)
+        return mask, sums if exact else None
 
     return run

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergekit_lfm.kernels.bits import apply_mask
+from mergekit_lfm.kernels.bits import apply_mask, sums_of_magnitudes
 from mergekit_lfm.kernels.random import LocalRankedCoins
 
 if TYPE_CHECKING:
@@ -161,14 +161,6 @@ def magnitudes(rows: Rows, _: torch.Tensor | None, local: LocalMask) -> tuple[to
     return (*sizes, *(apply_mask(size, local.mask(i, x)) for i, (size, x) in enumerate(zip(sizes, rows, strict=True))))
 
 
-def _masked_sums(x: torch.Tensor, i: int, local: LocalMask) -> torch.Tensor:
-    """The sums of |x| of row i and of its kept entries, float64 [2]."""
-    import torch
-
-    size = x.abs()
-    return torch.stack([part.sum(dtype=torch.float64) for part in (size, apply_mask(size, local.mask(i, x)))])
-
-
 @dataclass(frozen=True)
 class L1(Sum):
     """Sums of magnitudes before and after a mask, float64 [n, 2]."""
@@ -179,11 +171,11 @@ class L1(Sum):
         import torch
 
         local = self.mask.at(block.start, block.count, block.dtype)
-        ranked = isinstance(local, LocalRankedCoins)
-        if ranked and len(block) <= ROWS:
-            local = block.settle(local)
-        if ranked or len(block) > ROWS:  # masks that are in memory take less time row by row
-            return torch.stack([_masked_sums(block.row(i), i, local) for i in range(len(block))])
+        if isinstance(local, LocalRankedCoins):
+            return block.sums_by_rank(local)
+        if len(block) > ROWS:
+            rows = map(block.row, range(len(block)))
+            return torch.stack([sums_of_magnitudes(x, local.mask(i, x)) for i, x in enumerate(rows)])
         both = self._magnitudes(block)
         return torch.stack([x.sum(dtype=torch.float64) for x in both]).reshape(2, -1).T
 

@@ -18,6 +18,7 @@ import torch
 
 from mergekit_lfm.kernels import compiled as fused
 from mergekit_lfm.kernels.compiled import Kernels
+from mergekit_lfm.kernels.inductor import at_once
 from mergekit_lfm.kernels.random import Coins, LocalMasks
 from mergekit_lfm.kernels.ranks import NONE, Largest, Ranks
 from mergekit_lfm.kernels.reductions import magnitudes
@@ -331,6 +332,18 @@ def test_unfinished_compilations_are_ended() -> None:
         (process,) = kernels._compiling.values()
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_loads_are_of_one_instruction_where_inductor_copies() -> None:
+    """Lines of a kernel for AVX2: others than those of eight integers or numbers of 16 bits stay."""
+    place = "in_ptr0 + static_cast<int64_t>(524288L + x0)"
+    load = "at::vec::Vectorized<{}>::loadu({}, static_cast<int64_t>({}))".format
+    for kind in ("at::BFloat16", "at::Half"):
+        half = f"_mm_loadu_si128(reinterpret_cast<const __m128i*>({place}))"
+        assert at_once(load(kind, place, 8)) == f"at::vec::Vectorized<{kind}>(_mm256_zextsi128_si256({half}))"
+    assert at_once(load("int32_t", place, "8L")) == f"at::vec::Vectorized<int32_t>::loadu({place})"
+    for line in (load("float", place, 8), load("at::BFloat16", place, 5), load("int32_t", place, 16), f"f({place})"):
+        assert at_once(line) == line
 
 
 def test_taking_apart_and_putting_together() -> None:

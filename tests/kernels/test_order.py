@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lfm.engine.blocks import Blocks, StoredBlock
+from mergekit_lfm.kernels import random
 from mergekit_lfm.kernels.order import by_rank, by_rank_on_device
-from mergekit_lfm.kernels.random import Known, LocalMasks, LocalRankedCoins, RankedCoins, settle, words, words_on_host
+from mergekit_lfm.kernels.random import Known, LocalMasks, RankedCoins, settle, words, words_on_host
 from mergekit_lfm.kernels.reductions import L1
 from mergekit_lfm.kernels.step import run_eagerly
 
@@ -109,18 +110,20 @@ def test_masks_are_found_once_and_kept_by_bits(monkeypatch: pytest.MonkeyPatch) 
     """For each block of a tensor; a tensor that is not held finds them again."""
     x = torch.randn(2, 10 * ROW, generator=torch.Generator().manual_seed(1))
     calls = list[int]()
-    mask = LocalRankedCoins.mask
 
-    def count_calls(self: LocalRankedCoins, i: int, *more: Any) -> torch.Tensor:
-        calls.append(i)
-        return mask(self, i, *more)
+    def count_calls(x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return by_rank(x, limits)
 
-    monkeypatch.setattr(LocalRankedCoins, "mask", count_calls)
+    monkeypatch.setattr(random, "by_rank", count_calls)
     sums: list[Any] = []
     for known, times in ((Known(), 2 * 4), (None, 2 * 2 * 4)):
         blocks = Blocks([partial(cut, row) for row in x], None, 10 * ROW, 3 * ROW, x.dtype, known=known)
         calls.clear()
-        sums += [blocks.reduce(L1(COINS)), blocks.reduce(L1(COINS))]
+        sums.append(blocks.reduce(L1(COINS)))
+        for i in range(len(blocks)):
+            block = blocks.load(i)
+            block.settle(COINS.at(block.start, block.count, block.dtype))
         assert len(calls) == times
         assert known is None or sum(kept.nbytes for kept in known.values()) == 2 * 10 * ROW // 8
     assert all(torch.equal(total, sums[0]) for total in sums)

@@ -1,7 +1,8 @@
-"""Coins that depend on ranks give the same masks by compiled code as by torch's stable sort."""
+"""Coins that depend on ranks give the same masks and sums by compiled code as by torch's stable sort and sums."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from mergekit_lfm.engine.blocks import StoredBlock
 from mergekit_lfm.kernels import ranked
+from mergekit_lfm.kernels.bits import sums_of_magnitudes
 from mergekit_lfm.kernels.compiled import Kernels
 from mergekit_lfm.kernels.libraries import compiler
 from mergekit_lfm.kernels.order import by_rank_on_device
-from mergekit_lfm.kernels.random import RankedCoins, ranked_mask, words
+from mergekit_lfm.kernels.random import RankedCoins, ranked_mask, ranked_sums, words
 from mergekit_lfm.kernels.step import Step, run_eagerly
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
@@ -34,15 +36,21 @@ def native() -> Iterator[ranked.Native]:
         yield ranked.load(library)
 
 
-def check(native: ranked.Native, x: torch.Tensor, row: int, key: int = 5) -> None:
-    """The mask is that of the formula in torch, and x is as it was."""
+def check(native: ranked.Native, x: torch.Tensor, row: int, key: int = 5) -> bool:
+    """The mask is that of the formula in torch, x is as it was, and sums, if there are some, are exact; true if so."""
     before = x.clone()
     limits = torch.linspace(2**30, -(2**30), row, dtype=torch.float64).to(torch.int32)
     state = torch.tensor(key)
     numbers = words(state, (len(x) + 1) // 2).view(torch.int32)[: len(x)] >> 1
     expected = -(numbers < by_rank_on_device(x, limits)).to(torch.int8)
-    assert torch.equal(native(state, x, limits), expected)
+    mask, sums = native(state, x, limits)
+    assert torch.equal(mask, expected)
     assert torch.equal(x.view(torch.int32), before.view(torch.int32))
+    if sums is None:
+        return False
+    assert sums.tolist() == [math.fsum(part.abs().tolist()) for part in (x, x[mask < 0])]
+    assert torch.equal(sums, sums_of_magnitudes(x, mask))
+    return True
 
 
 @settings(max_examples=200, deadline=None)
@@ -60,8 +68,41 @@ def test_masks_of_changes_of_models(native: ranked.Native, seed: int, row: int) 
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(3 * row, generator=generator) * 0.02
     tune = base + 0.001 * torch.randn(3 * row, generator=generator) * (torch.rand(3 * row, generator=generator) > 0.4)
-    check(native, tune.bfloat16().float() - base.bfloat16().float(), row)
+    change = tune.bfloat16().float() - base.bfloat16().float()
+    assert check(native, change, row)
     check(native, tune - base, row)
+    further = torch.rand(len(base), generator=generator) < torch.rand(len(base), generator=generator) / 4
+    check(native, torch.where(further, tune - base, change), row)  # some rows are sorted as a whole, others in part
+
+
+@pytest.mark.parametrize(
+    ("numbers", "exact"),
+    [
+        ((2.0**25, 2.0**-26), True),
+        ((2.0**26, 2.0**-26), False),  # this one is a float64, those of several such pairs are not
+        ((3 * 2.0**-126,), True),
+        ((2.0**-130, 2.0**-126), False),  # a subnormal number
+        ((3e38, -3e38), True),
+        ((1.0, math.inf), False),
+        ((1.0, math.nan), False),
+        ((0.0, -0.0), True),
+        ((), True),
+    ],
+)
+def test_sums_are_left_to_torch_where_their_order_might_matter(
+    native: ranked.Native, numbers: tuple[float, ...], exact: bool
+) -> None:
+    """Wherever among zeros the numbers are; the compiled code never gives a sum of others."""
+    for at in range(0, 200, 67):
+        x = torch.zeros(210)
+        x[at : at + len(numbers)] = torch.tensor(numbers)
+        assert check(native, x, 210) == exact
+    kernels = Kernels("never", 0, 4096, 1)
+    masks = ranked.RankedMasks(kernels._libraries, compiles=False)
+    masks._native, masks._sought = native, True
+    found = masks.with_sums(KEY, x, torch.zeros(210, dtype=torch.int32))
+    expected = ranked_sums(KEY, x, torch.zeros(210, dtype=torch.int32))
+    assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(found, expected, strict=True))
 
 
 def test_masks_where_nearly_all_share_a_slot(native: ranked.Native) -> None:
@@ -103,7 +144,7 @@ def test_the_library_is_kept_for_the_next_run(own_cache: Path, monkeypatch: pyte
 
     def load(library: Path) -> ranked.Native:
         loaded.append(library)
-        return ranked_mask
+        return lambda *arguments: (ranked_mask(*arguments), None)
 
     monkeypatch.setattr(ranked, "load", load)
     find_mask(Kernels("auto", 0, 4096, 1))
