@@ -29,7 +29,7 @@ from mergekit_lfm.distill.generators import build
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.metadata import collect_records, find_clusters
 from mergekit_lfm.distill.passes import scores_in_parts
-from mergekit_lfm.distill.presets import PRESETS, Preset
+from mergekit_lfm.recipe.synthesise_presets import PRESETS, Preset
 from mergekit_lfm.distill.samples import Samples, save_samples
 from mergekit_lfm.distill.synthesise import Given, synthesise
 from mergekit_lfm.runtime.batchnorm import batchnorms

@@ -19,7 +19,7 @@ from mergekit_lfm.api.tune_results import changes_of
 from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.distill.metadata import collect_records, find_clusters, read_records
 from mergekit_lfm.distill.passes import Moments, scores_in_parts
-from mergekit_lfm.distill.presets import Family, Preset, find_preset
+from mergekit_lfm.recipe.synthesise_presets import Family, Preset, find_preset
 from mergekit_lfm.distill.samples import DRAWN, save_samples
 from mergekit_lfm.distill.synthesise import Given, Synthesis, synthesise
 from mergekit_lfm.errors import FormatError, PlanError, shorten

@@ -10,7 +10,7 @@ import click
 from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.shell import Command, ModelFolder
-from mergekit_lfm.distill.presets import PRESETS
+from mergekit_lfm.recipe.synthesise_presets import PRESETS
 
 FILE = click.Path(path_type=Path)
 

@@ -16,6 +16,7 @@ from mergekit_lfm.distill.generators import Generator, Reader, build, renew
 from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.learner import Learner, Learning
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError
@@ -86,11 +87,12 @@ def generate(
     proxy: Tensor | None = None,
     seed: int = 0,
     tell: Tell | None = None,
+    making: Making | None = None,
 ) -> Generated:
     """Train a generator so that the weighted sum of terms is small on its images, and a student on these, in turn.
 
     Both are trained in place; the teacher runs in evaluation mode and stays as it is. proxy: images of another kind,
-    for the term of that name. One seed gives the same student, on the same machine with as many threads. Raises
+    for the term of that name. making: what the rounds are part of, else they are all. One seed gives the same student, on the same machine with as many threads. Raises
     PlanError for unknown terms, terms without their facts, and losses that are not finite.
     """
     options, learning = options or Generation(), learning or Learning()
@@ -102,17 +104,20 @@ def generate(
             f"found learned latents with the memory {learning.memory!r}; expected none, as the student learns from a "
             "bank of all images. Leave it out"
         )
-    work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed)
-    record = list[Mapping[str, float]]()
+    making = making or Making()
+    work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed, making)
     with frozen([teacher]):
         for number in range(options.rounds):
+            if making.is_done():
+                work.learner.done += options.student_steps
+                continue
             line = work.round(number)
-            record.append(line)
+            making.add(line, **work.memory())
             if tell is not None:
                 tell(number + 1, options.rounds, line)
         student.eval()
         images = work.bank.images if options.latents == "learned" else work.images("last", 0)
-    return Generated(Samples(images, scores_in_parts(teacher, images, options.batch_size)), tuple(record))
+    return Generated(Samples(images, scores_in_parts(teacher, images, options.batch_size)), tuple(making.record))
 
 
 class _Work:
@@ -129,9 +134,10 @@ class _Work:
         records: Mapping[str, Moments] | None,
         proxy: Tensor | None,
         seed: int,
+        making: Making,
     ) -> None:
         self.teacher, self.student, self.generator = teacher, student, generator
-        self.terms, self.options, self.proxy, self.seed = terms, options, proxy, seed
+        self.terms, self.options, self.proxy, self.seed, self.making = terms, options, proxy, seed, making
         self.device = next(teacher.parameters()).device
         head = last_linear(teacher)
         self.classes = head.out_features
@@ -152,6 +158,22 @@ class _Work:
         self.optimizer = self._optimizer([])
         critics = [x for name, reader in self.readers.items() if name == "proxy" for x in reader.parameters()]
         self.critic = torch.optim.Adam(critics, lr=options.learning_rate) if critics else None
+        self._join()
+
+    def _join(self) -> None:
+        """Be kept in the state of the making, and take what it remembers of earlier rounds."""
+        self.learner.join(self.making)
+        for name, module in {"generator": self.generator, "head": self.head, **self.readers}.items():
+            self.making.hold(name, module, *([self.critic] if name == "proxy" and self.critic else []))
+        memory = {name: x.to(self.device) for name, x in self.making.memory.items()}
+        if "images" in memory:
+            self.bank.add(memory.pop("images"), memory.pop("scores"))
+        self.before = memory
+
+    def memory(self) -> dict[str, Tensor]:
+        """What later rounds need besides the networks: the bank, and the values of terms."""
+        banked = {"images": self.bank.images, "scores": self.bank.scores} if len(self.bank) else {}
+        return {**banked, **self.before}
 
     def _optimizer(self, latents: list[Tensor]) -> torch.optim.Optimizer:
         """Adam of all that is trained to make images."""
@@ -159,7 +181,10 @@ class _Work:
         head = [*self.head.parameters()] if "contrast" in self.terms else []
         groups: list[dict[str, Any]] = [{"params": [*self.generator.parameters(), *decoder, *head]}]
         groups += [{"params": latents, "lr": 5 * self.options.learning_rate}] if latents else []
-        return torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
+        optimizer = torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
+        self.making.forget(*(x for group in groups for x in group["params"]))
+        self.making.share(optimizer)
+        return optimizer
 
     def draw(self, *facts: object) -> tuple[Tensor, Tensor]:
         """Latent numbers, with those for classes if the generator has some; and the classes."""
@@ -197,6 +222,7 @@ class _Work:
             with torch.no_grad():
                 made = self.generator(latents)
             self.bank.add(made, scores_in_parts(self.teacher, made, len(made)))
+            self.making.forget(latents)
         if start:
             move_towards(start, self.generator, self.options.outer_rate)
         losses = [self._student_step(number, step) for step in range(self.options.student_steps)]

@@ -16,12 +16,13 @@ from mergekit_lfm.distill.generators import Generator, build
 from mergekit_lfm.distill.image_terms import COMPARING
 from mergekit_lfm.distill.invert import Facts, Inversion, invert
 from mergekit_lfm.distill.learner import Learner, Learning, learn
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import Clusters, with_records
 from mergekit_lfm.distill.passes import Moments, last_linear
-from mergekit_lfm.distill.presets import DESCRIBED, Family, Preset, find_preset
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.recipe.synthesise_presets import DESCRIBED, Family, Preset, find_preset
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
@@ -72,13 +73,15 @@ def synthesise(
     inversion: Options = NO_OPTIONS,
     generation: Options = NO_OPTIONS,
     learning: Options = NO_OPTIONS,
+    making: Making | None = None,
 ) -> Synthesis:
     """Make images for a teacher by a preset, and train a student on them, in place.
 
     shape: of an image, channels, height and width; low, high: the range of its pixels. count: images that are made or
     chosen, by default 256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds
     instead. Without a student, presets that need none only make images. inversion, generation, learning: settings of
-    `Inversion`, `Generation` and `Learning` in place of the preset's. A teacher without BatchNorm needs records, which
+    `Inversion`, `Generation` and `Learning` in place of the preset's. making: keeps a state, from which a killed run
+    goes on. A teacher without BatchNorm needs records, which
     take its place. Raises PlanError with all that a preset needs and is not given, and for arguments and settings that
     it does not read.
     """
@@ -88,22 +91,30 @@ def synthesise(
     row = _fit(row, teacher, student, given)
     how = _settle(Inversion, {"low": low, "high": high, **row.inversion, **inversion})
     study = _settle(Learning, {**row.learning, **learning})
-    making = _settle(Generation, {**row.generation, **generation})
+    rounds = _settle(Generation, {**row.generation, **generation})
+    making = making or Making()
     if row.family == "generator":
         assert student is not None
-        return _by_generator(teacher, student, row, shape, given, (low, high), making, study, seed, tell)
+        with making.running():
+            return _by_generator(teacher, student, row, shape, given, (low, high), rounds, study, seed, tell, making)
     if study.memory != "none":
         raise PlanError(f"found the memory {study.memory!r}; {row.name} has all its images at hand. Leave it out")
     count, steps = count or COUNT, student_steps or STUDENT_STEPS
     classes, learner = last_linear(teacher).out_features, None
     if student is not None:
         learner = Learner(student, classes, study, steps, seed, (how.low, how.high))
-    if row.family == "wild":
-        assert given.images is not None
-        chosen = choose_wild(teacher, given.images, count)
-        losses = [] if learner is None else learn(learner, (chosen.images, chosen.scores), steps)
-        return Synthesis(chosen, (), tuple(losses))
-    return _by_gradients(teacher, learner, row, shape, given, how, count, steps, seed, tell)
+        learner.join(making)
+    with making.running():
+        if row.family == "pixels":
+            samples = _by_gradients(teacher, learner, row, shape, given, how, count, steps, seed, tell, making)
+        else:
+            assert given.images is not None
+            samples = choose_wild(teacher, given.images, count)
+            if learner is not None:
+                learn(learner, (samples.images, samples.scores), steps, making)
+    losses = tuple(line["student"] for line in making.record if "student" in line)
+    lines = [line for line in making.record if "student" not in line]
+    return Synthesis(samples, tuple(lines[how.steps - 1 :: how.steps]), losses)
 
 
 def _by_gradients(
@@ -117,24 +128,24 @@ def _by_gradients(
     steps: int,
     seed: int,
     tell: Tell | None,
-) -> Synthesis:
+    making: Making,
+) -> Samples:
     """Images made in rounds; after each one the student learns from all so far."""
     if count < 2 * row.rounds:
         raise PlanError(
             f"count is {count}; expected at least {2 * row.rounds}, as {row.name} makes images in {row.rounds} rounds"
         )
-    samples, losses, lines = None, list[float](), list[Mapping[str, float]]()
+    samples = None
     for number, (size, part) in enumerate(zip(_shares(count, row.rounds), _shares(steps, row.rounds), strict=True)):
         student = learner.student if learner is not None and number else None  # it knows nothing before the first
         terms = {name: x for name, x in row.terms.items() if number or name not in COMPARING}
         facts, own = Facts(student, given.records, given.clusters), seed_of(seed, "round", number)
-        hear = _keep_last(lines, tell)
-        new = invert(teacher, terms, shape, size, options=options, facts=facts, seed=own, tell=hear)
+        new = invert(teacher, terms, shape, size, options=options, facts=facts, seed=own, tell=tell, making=making)
         samples = new if samples is None else _join(samples, new)
         if learner is not None:
-            losses += learn(learner, (samples.images, samples.scores), part)
+            learn(learner, (samples.images, samples.scores), part, making)
     assert samples is not None
-    return Synthesis(samples, tuple(lines), tuple(losses))
+    return samples
 
 
 def _shares(whole: int, parts: int) -> list[int]:
@@ -209,6 +220,7 @@ def _by_generator(
     learning: Learning,
     seed: int,
     tell: Tell | None,
+    making: Making,
 ) -> Synthesis:
     classes = last_linear(teacher).out_features if generation.conditional else 0
     generator = build(
@@ -225,20 +237,9 @@ def _by_generator(
         proxy=given.images,
         seed=seed,
         tell=tell,
+        making=making,
     )
     return Synthesis(made.samples, made.record, tuple(line["student"] for line in made.record))
-
-
-def _keep_last(lines: list[Mapping[str, float]], tell: Tell | None) -> Tell:
-    """Hears the steps of an inversion, and keeps the terms at the end of each batch."""
-
-    def hear(done: int, count: int, values: Mapping[str, Any]) -> None:
-        if done == count:
-            lines.append(values)
-        if tell is not None:
-            tell(done, count, values)
-
-    return hear
 
 
 def _join(first: Samples, second: Samples) -> Samples:

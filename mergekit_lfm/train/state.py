@@ -8,10 +8,10 @@ steps is the file of metrics beside it, which is written first, so that it has a
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from mergekit_lfm.train.hooks import Hook, Parameters
 TRAINING = Kind("training", "mergekit-lfm tune", "start anew")
 METRICS = "metrics.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+
+
+class Moments(Protocol):
+    """An optimizer of torch, as far as its moments go: those of each parameter, by their names."""
+
+    @property
+    def state(self) -> MutableMapping[Tensor, Any]: ...
 
 
 @dataclass
@@ -47,7 +54,7 @@ class State:
 
     model: nn.Module
     parameters: Parameters
-    optimizer: torch.optim.Optimizer
+    optimizer: Moments
     hooks: Sequence[Hook]
     done: int = 0
     record: list[dict[str, Any]] = field(default_factory=list)

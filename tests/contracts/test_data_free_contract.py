@@ -10,7 +10,7 @@ import torch
 from helpers_distill import SHAPE, facts_about, small
 
 from mergekit_lfm.distill.image_terms import TERMS
-from mergekit_lfm.distill.presets import DESCRIBED, PRESETS, find_preset
+from mergekit_lfm.recipe.synthesise_presets import DESCRIBED, PRESETS, find_preset
 from mergekit_lfm.distill.synthesise import Given, Synthesis, synthesise
 from mergekit_lfm.errors import PlanError
 
