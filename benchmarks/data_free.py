@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.generate import Generation
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import build
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.metadata import collect_records, find_clusters
 from mergekit_lfm.distill.passes import scores_in_parts
-from mergekit_lfm.recipe.synthesise_presets import PRESETS, Preset
 from mergekit_lfm.distill.samples import Samples, save_samples
 from mergekit_lfm.distill.synthesise import Given, synthesise
+from mergekit_lfm.recipe.synthesise_presets import PRESETS, Preset
 from mergekit_lfm.runtime.batchnorm import batchnorms
 
 SHAPE, TEST = (1, 8, 8), 450
@@ -167,7 +167,7 @@ def measure(
     scores = scores_in_parts(teacher, train, len(train))
     run(
         "KD on the data",
-        lambda student: learn(Learner(student, 10, Learning(), steps, seed), (train, scores), steps) and None,
+        lambda student: learn(Learner(student, 10, Learning(), steps, seed), (train, scores), steps),
     )
     run("KD on noise", lambda student: on_noise(teacher, student, seed, steps, False))
     if norm:

@@ -27,7 +27,8 @@ MODULES = (
         f"mergekit_lfm.api.{name}"
         for name in ("align", "distill", "edit", "eval_plans", "generate", "judge", "lessons", "merge")
     ),
-    *(f"mergekit_lfm.api.{name}" for name in ("patches", "prepare", "push", "stats", "stats_plans", "tune")),
+    *(f"mergekit_lfm.api.{name}" for name in ("patches", "prepare", "push", "stats", "stats_plans", "synthesise")),
+    *("mergekit_lfm.api.tune", "transformers.models.resnet.modeling_resnet", "PIL.PngImagePlugin"),
     *("mergekit_lfm.engine.execute", "mergekit_lfm.output.push", "mergekit_lfm.commands.show.terminal"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
@@ -92,6 +93,8 @@ COMMANDS = {
     "repair": f"repair in/merged --ends in/a in/b {DATA} -o out",
     "distill": "distill in/a --teacher in/b --data in/text.txt --task lm --steps 4 --batch-size 2 --threads 1 -o out",
     "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
+    "synthesise": "synthesise in/classifier --preset dfq --rounds 2 --student in/small --student-out out --size 8 "
+    "--threads 1 -o out.npz",
     "push": f"push in/merged {REPO}",
     "verify": "verify in/merged",
 }
@@ -180,13 +183,18 @@ def open_bench(folder: Path) -> Iterator[Bench]:
 
 
 def _make_inputs(folder: Path) -> None:
-    """Two language models in three shards, a text, facts, and recipes."""
+    """Two language models in three shards, two classifiers of images, a text, facts, and recipes."""
     transformers.utils.logging.disable_progress_bar()
     for seed, name in enumerate("ab"):
         transformers.set_seed(seed)
         model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1, mlp_bias=True))
         model.save_pretrained(folder / name, max_shard_size="20KB")
         byte_tokenizer().save_pretrained(folder / name)
+    for width, name in ((8, "classifier"), (4, "small")):
+        config = transformers.ResNetConfig(
+            num_channels=1, embedding_size=width, hidden_sizes=[width], depths=[1], layer_type="basic", num_labels=3
+        )
+        transformers.ResNetForImageClassification(config).save_pretrained(folder / name)
     (folder / "text.txt").write_text("Ada is in Oslo and Leo is a cook\n" * 4)
     (folder / "facts.yaml").write_text('facts: [{prompt: "{} is in", subject: Ada, target_new: Rome}]\n')
     for name, recipe in RECIPES.items():

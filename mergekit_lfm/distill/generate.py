@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_lfm.distill.bank import Bank
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, Reader, build, renew
 from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.distill.impressions import draw_classes
@@ -23,48 +23,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
 
-Outer = Literal["go_on", "fresh", "reptile"]
-OUTERS, LATENTS = ("go_on", "fresh", "reptile"), ("drawn", "learned")
 PROJECTED = 32  # numbers of the head by which CMI compares features
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """How a generator is trained. rounds: each of `generator_steps` of it, and then `student_steps` of the student.
-
-    outer: the generator of the next round is this one's ("go_on"), a new one ("fresh"), or the one before moved by
-    `outer_rate` towards this one ("reptile"). latents: drawn for each step, or drawn once a round and trained with the
-    generator ("learned"); the student then learns from a bank of at most `bank` images. conditional: the generator is
-    given classes. exponential: terms that count as exp(value - its value before), so that a rise counts most. Source
-    of that: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al. 2022, arXiv 2112.06253.
-    """
-
-    rounds: int = 400
-    generator_steps: int = 1
-    student_steps: int = 3
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    outer: Outer = "go_on"
-    outer_rate: float = 0.5
-    latents: Literal["drawn", "learned"] = "drawn"
-    conditional: bool = False
-    exponential: tuple[str, ...] = ()
-    bank: int = 2048
-
-    def __post_init__(self) -> None:
-        """Raise PlanError for settings out of range, with all of them."""
-        least = (("rounds", 1), ("generator_steps", 1), ("student_steps", 0), ("batch_size", 2), ("bank", 2))
-        problems = [f"{n} is {getattr(self, n)}; expected at least {m}" for n, m in least if getattr(self, n) < m]
-        if not 0 < self.learning_rate < math.inf:
-            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
-        if not 0 < self.outer_rate <= 1:
-            problems.append(f"outer_rate is {self.outer_rate}; expected a share above 0, up to 1")
-        if self.outer not in OUTERS:
-            problems.append(f"outer is {self.outer!r}; expected {', '.join(OUTERS)}")
-        if self.latents not in LATENTS:
-            problems.append(f"latents is {self.latents!r}; expected {' or '.join(LATENTS)}")
-        if problems:
-            raise PlanError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -92,8 +51,9 @@ def generate(
     """Train a generator so that the weighted sum of terms is small on its images, and a student on these, in turn.
 
     Both are trained in place; the teacher runs in evaluation mode and stays as it is. proxy: images of another kind,
-    for the term of that name. making: what the rounds are part of, else they are all. One seed gives the same student, on the same machine with as many threads. Raises
-    PlanError for unknown terms, terms without their facts, and losses that are not finite.
+    for the term of that name. making: what the rounds are part of, else they are all. One seed gives the same student,
+    on the same machine with as many threads. Raises PlanError for unknown terms, terms without their facts, and losses
+    that are not finite.
     """
     options, learning = options or Generation(), learning or Learning()
     check_terms(terms)
@@ -171,7 +131,7 @@ class _Work:
         self.before = memory
 
     def memory(self) -> dict[str, Tensor]:
-        """What later rounds need besides the networks: the bank, and the values of terms."""
+        """The tensors that later rounds need besides the networks: the bank, and the values of terms."""
         banked = {"images": self.bank.images, "scores": self.bank.scores} if len(self.bank) else {}
         return {**banked, **self.before}
 

@@ -101,8 +101,8 @@ def invert(
     """Images [count, *shape] that make the weighted sum of terms small, and the teacher's scores of them.
 
     Batches are made one after the other; one seed gives the same images. making: what the steps are part of, else they
-    are all. The teacher runs in evaluation mode and stays as it is. Raises PlanError for unknown terms, for terms without their facts, for facts of another number of images,
-    and for a loss that is not finite.
+    are all. The teacher runs in evaluation mode and stays as it is. Raises PlanError for unknown terms, for terms
+    without their facts, for facts of another number of images, and for a loss that is not finite.
     """
     options = options or Inversion()
     check_terms(terms)

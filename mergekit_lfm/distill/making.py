@@ -6,12 +6,9 @@ and all that it left is in the state's file.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +26,6 @@ class _Memory(Hook):
         self.memory = dict(memory)
 
 
-@dataclass
-class _Moments:
-    """The moments of all parameters, whichever optimizer they are of."""
-
-    state: defaultdict[Tensor, Any] = field(default_factory=lambda: defaultdict(dict))
-
-
 class Making:
     """The steps so far, by this run and earlier ones: gradients of images, rounds of a generator, a student's.
 
@@ -46,7 +36,8 @@ class Making:
 
     def __init__(self, place: Path | None = None, request: str = "", pauses: Pauses | None = None) -> None:
         self._file, self._request, self._pauses = None if place is None else place / STATE, request, pauses or Pauses()
-        self._memory, self._moments, self._at = _Memory(), _Moments(), 0
+        self._memory, self._at = _Memory(), 0
+        self._moments = torch.optim.Optimizer([torch.empty(0)], {})  # makes no steps; keeps the moments of the others
         self._state = State(nn.Module(), {}, self._moments, [self._memory])
         self._interrupted: Callable[[], bool] = lambda: False
         self._go_on()
@@ -63,7 +54,7 @@ class Making:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it Ctrl-C waits for the end of a step; afterwards the state is saved, for the writing of the result."""
+        """Within it Ctrl-C waits for the end of a step; afterwards the state is saved until the result is."""
         with delay_interrupts() as self._interrupted:
             yield
         self._save()

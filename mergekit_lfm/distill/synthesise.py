@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.generate import Generation, generate
+from mergekit_lfm.distill.generate import generate
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, build
 from mergekit_lfm.distill.image_terms import COMPARING
 from mergekit_lfm.distill.invert import Facts, Inversion, invert
@@ -22,7 +23,7 @@ from mergekit_lfm.distill.passes import Moments, last_linear
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError, did_you_mean
-from mergekit_lfm.recipe.synthesise_presets import DESCRIBED, Family, Preset, find_preset
+from mergekit_lfm.recipe.synthesise_presets import Family, Preset, check_needs, find_preset
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
@@ -192,11 +193,7 @@ def _fit(row: Preset, teacher: nn.Module, student: nn.Module | None, given: Give
         "proxy": given.images is not None,
         "wild": given.images is not None,
     }
-    lacking = [DESCRIBED[name] for name in row.needs if not present[name]]
-    if student is None and (row.family != "pixels" or row.rounds > 1):
-        lacking.append("a student, which takes part in making the images")
-    if lacking:
-        raise PlanError(f"{row.name} needs {'; and '.join(lacking)}. Give it, or choose another preset")
+    check_needs(row, present, student=student is not None)
     return row
 
 

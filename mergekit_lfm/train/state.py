@@ -8,10 +8,10 @@ steps is the file of metrics beside it, which is written first, so that it has a
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, MutableMapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,6 @@ from mergekit_lfm.train.hooks import Hook, Parameters
 TRAINING = Kind("training", "mergekit-lfm tune", "start anew")
 METRICS = "metrics.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
-
-
-class Moments(Protocol):
-    """An optimizer of torch, as far as its moments go: those of each parameter, by their names."""
-
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]: ...
 
 
 @dataclass
@@ -54,7 +47,7 @@ class State:
 
     model: nn.Module
     parameters: Parameters
-    optimizer: Moments
+    optimizer: torch.optim.Optimizer
     hooks: Sequence[Hook]
     done: int = 0
     record: list[dict[str, Any]] = field(default_factory=list)
