@@ -186,7 +186,7 @@ def _synthesise(
     longer = {} if recipe.rounds is None else {"steps" if pixels else "rounds": recipe.rounds}
     with progress.by_count(" steps" if pixels else " rounds", "making images") as report:
         return synthesise(
-            loaded[0].model,
+            [each.model for each in loaded] if len(loaded) > 1 else loaded[0].model,
             None if student is None else student.loaded.model,
             row,
             planned.shape,

@@ -124,7 +124,7 @@ class PlannedImages:
         """Write a file of a gray image of each class, and a folder like the student without data."""
         import numpy as np
 
-        classes, buffer = _classes_of(self.teachers[0].source), io.BytesIO()
+        classes, buffer = sum(_classes_of(each.source) for each in self.teachers), io.BytesIO()
         middle = sum(self.pixels) / 2
         pixels = np.full((classes, *self.shape), middle, np.float32)
         np.savez(buffer, pixel_values=pixels, labels=np.arange(classes))
@@ -143,8 +143,8 @@ def plan_synthesis(
     """
     if out.suffix != IMAGES:
         raise PlanError(f"{out}: found the suffix {out.suffix or '(none)'}; expected .npz, arrays of numpy")
-    teachers = tuple(open_named(found) for found in recipe.found_teachers)
-    sidecars_of(teachers[0].source)  # fetches the other files of a model on the Hub
+    teachers = tuple(open_named(found) for found, _ in recipe.found_teachers)
+    _check_ranges(recipe, teachers)
     student, target = None, student_out or recipe.student_place(out)
     if recipe.found_student is not None and target is not None:
         student = open_found(recipe.found_student), target
@@ -155,13 +155,37 @@ def plan_synthesis(
     present = {"batch_norm": norms or records, "records": records, "clusters": given["data"]}
     present |= {"proxy": given["images"], "wild": given["images"]}
     check_needs(recipe.row, present, student=student is not None)
-    shape, pixels = image_form(teachers[0].source, recipe.size, recipe.low, recipe.high)
+    shape, pixels = _form_of(recipe, teachers)
     place = "cpu" if device is None else str(find_device(device))  # which needs torch
     return PlannedImages(recipe, out, teachers, student, shape, pixels, place)
 
 
 def _classes_of(model: Checkpoint) -> int:
     return labels_of(model.config) or CLASSES
+
+
+def _form_of(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...]) -> tuple[Shape, tuple[float, float]]:
+    """The shape of an image, and the range of its pixels. Raises PlanError for teachers that take others."""
+    for each in teachers:
+        sidecars_of(each.source)  # fetches the other files of a model on the Hub
+    forms = [image_form(each.source, recipe.size, recipe.low, recipe.high) for each in teachers]
+    for each, form in zip(teachers, forms, strict=True):
+        if form != forms[0]:
+            raise PlanError(
+                f"{each.ref} takes images of {list(form[0])} with pixels from {form[1][0]:g} to {form[1][1]:g}, and "
+                f"{teachers[0].ref} of {list(forms[0][0])} from {forms[0][1][0]:g} to {forms[0][1][1]:g}; expected the "
+                "same. Give other teachers, or the size and the range"
+            )
+    return forms[0]
+
+
+def _check_ranges(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...]) -> None:
+    """Raise PlanError for a teacher with another number of classes than the recipe says."""
+    for each, (_, classes) in zip(teachers, recipe.found_teachers, strict=True):
+        found = _classes_of(each.source)
+        if classes is not None and found != classes[1] - classes[0] + 1:
+            expected = f"{classes[0]} to {classes[1]}"
+            raise PlanError(f"{each.ref} has {found} classes; expected {expected}. Correct its `classes`")
 
 
 def _check_classes(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...], student: Checkpoint) -> None:

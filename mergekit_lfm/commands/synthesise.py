@@ -21,7 +21,8 @@ FILE = click.Path(path_type=Path)
     epilog="""\b
 Examples:
   mergekit-lfm synthesise models/resnet -o made.npz
-  mergekit-lfm synthesise models/resnet --preset dfq --student models/small --student-out small-tuned -o made.npz""",
+  mergekit-lfm synthesise models/resnet --preset dfq --student models/small --student-out small-tuned -o made.npz
+  mergekit-lfm synthesise models/cats models/dogs --preset amalgamation --student models/pets -o made.npz""",
 )
 @click.argument("teachers", metavar="TEACHER...", type=ModelFolder(), nargs=-1, required=True)
 @click.option(
@@ -49,6 +50,8 @@ Examples:
 @click.pass_obj
 def synthesise(console: Console, /, teachers: tuple[Path, ...], out: Path, **values: Any) -> None:
     """Make images for the classifier TEACHER without its data, and train a student on them.
+
+    Several teachers have other classes each; the student has those of the first, then of the second, and so on.
 
     Presets are published ways: docs/distillation.md lists them with how well each did. Those with a generator need a
     student; the others can also make images alone. OUT.lock.json says how the images were made; an interrupted run goes

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.amalgamation import Amalgamation, is_over
 from mergekit_lfm.distill.bank import Bank
 from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, Reader, build, renew
@@ -17,8 +18,9 @@ from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, che
 from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.learner import Learner, Learning
 from mergekit_lfm.distill.making import Making
-from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.passes import Moments, Observer, Pass, class_count, frozen, heads_of, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.stack import Stack
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
@@ -37,7 +39,7 @@ class Generated:
 def generate(
     teacher: nn.Module,
     student: nn.Module,
-    generator: Generator,
+    generator: Generator | Stack,
     terms: Mapping[str, float],
     *,
     options: Generation | None = None,
@@ -69,7 +71,7 @@ def generate(
     with frozen([teacher]):
         for number in range(options.rounds):
             if making.is_done():
-                work.learner.done += options.student_steps
+                work.learner.done += work.steps_of(number)
                 continue
             line = work.round(number)
             making.add(line, **work.memory())
@@ -87,7 +89,7 @@ class _Work:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        generator: Generator,
+        generator: Generator | Stack,
         terms: Mapping[str, float],
         options: Generation,
         learning: Learning,
@@ -99,9 +101,9 @@ class _Work:
         self.teacher, self.student, self.generator = teacher, student, generator
         self.terms, self.options, self.proxy, self.seed, self.making = terms, options, proxy, seed, making
         self.device = next(teacher.parameters()).device
-        head = last_linear(teacher)
-        self.classes = head.out_features
-        pixels, steps = (generator.low, generator.high), options.rounds * options.student_steps
+        width = sum(head.in_features for head in heads_of(teacher))
+        self.classes = class_count(teacher)
+        pixels, steps = (generator.low, generator.high), sum(map(self.steps_of, range(options.rounds)))
         self.learner = Learner(student, self.classes, learning, steps, seed, pixels)
         self.observer = Observer(teacher, frozenset(terms), student if set(COMPARING) & terms.keys() else None, records)
         self.features = Observer(teacher, frozenset(["contrast"]))  # of images, and nothing else
@@ -114,8 +116,11 @@ class _Work:
             for name, outputs in readers.items()
             if name in terms
         }
-        self.head = build(lambda: nn.Linear(head.in_features, PROJECTED), seed_of(seed, "head")).to(self.device)
+        self.head = build(lambda: nn.Linear(width, PROJECTED), seed_of(seed, "head")).to(self.device)
         self.optimizer = self._optimizer([])
+        self.amalgamation = None
+        if isinstance(generator, Stack):
+            self.amalgamation = Amalgamation(self.observer, student, generator, terms, options, seed, making)
         critics = [x for name, reader in self.readers.items() if name == "proxy" for x in reader.parameters()]
         self.critic = torch.optim.Adam(critics, lr=options.learning_rate) if critics else None
         self._join()
@@ -162,8 +167,28 @@ class _Work:
             made: Tensor = self.generator(self.draw(*facts)[0])
         return made
 
+    def steps_of(self, number: int) -> int:
+        """The student's steps in a round."""
+        stacked = isinstance(self.generator, Stack)
+        over = not stacked or is_over(number, self.options.rounds)
+        return self.options.student_steps if over else 0
+
     def round(self, number: int) -> dict[str, float]:
         """A round; its line of the record."""
+        line = self._make(number) if self.amalgamation is None else self._amalgamate(self.amalgamation, number)
+        losses = [self._student_step(number, step) for step in range(self.steps_of(number))]
+        return line | ({"student": sum(losses) / max(1, len(losses))} if losses or self.amalgamation is None else {})
+
+    def _amalgamate(self, amalgamation: Amalgamation, number: int) -> dict[str, float]:
+        """The steps of an amalgamation before the student learns from scores; the terms of the last one."""
+        self.generator.train()
+        if is_over(number, self.options.rounds):
+            return {}
+        steps = range(self.options.generator_steps)
+        return amalgamation.round(number, (self.draw("step", number, step)[0] for step in steps))
+
+    def _make(self, number: int) -> dict[str, float]:
+        """The generator's steps of a round; the terms of the last one."""
         learned, start = self.options.latents == "learned", dict[str, Tensor]()
         latents, classes = self.draw("round", number)
         if self.options.outer == "fresh":
@@ -185,8 +210,7 @@ class _Work:
             self.making.forget(latents)
         if start:
             move_towards(start, self.generator, self.options.outer_rate)
-        losses = [self._student_step(number, step) for step in range(self.options.student_steps)]
-        return line | {"student": sum(losses) / max(1, len(losses))}
+        return line
 
     def _generator_step(self, latents: Tensor, classes: Tensor, turn: tuple[int, int]) -> dict[str, float]:
         images = self.generator(latents)

@@ -19,8 +19,10 @@ class Generation:
     outer: the generator of the next round is this one's ("go_on"), a new one ("fresh"), or the one before moved by
     `outer_rate` towards this one ("reptile"). latents: drawn for each step, or drawn once a round and trained with the
     generator ("learned"); the student then learns from a bank of at most `bank` images. conditional: the generator is
-    given classes. exponential: terms that count as exp(value - its value before), so that a rise counts most. Source
-    of that: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al. 2022, arXiv 2112.06253.
+    given classes. exponential: terms that count as exp(value - its value before), so that a rise counts most. stacked:
+    the generator is one of groups for several teachers, and the student's blocks are trained after it, as
+    `Amalgamation` does. Source of exponential terms: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al.
+    2022, arXiv 2112.06253.
     """
 
     rounds: int = 400
@@ -34,6 +36,7 @@ class Generation:
     conditional: bool = False
     exponential: tuple[str, ...] = ()
     bank: int = 2048
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         """Raise PlanError for settings out of range, with all of them."""
@@ -47,5 +50,8 @@ class Generation:
             problems.append(f"outer is {self.outer!r}; expected {', '.join(OUTERS)}")
         if self.latents not in LATENTS:
             problems.append(f"latents is {self.latents!r}; expected {' or '.join(LATENTS)}")
+        plain = (self.outer, self.latents, self.conditional, self.exponential) == ("go_on", "drawn", False, ())
+        if self.stacked and not plain:
+            problems.append("stacked is True beside outer, latents, conditional or exponential; leave these out")
         if problems:
             raise PlanError("; ".join(problems))

@@ -14,7 +14,7 @@ from mergekit_lfm.distill.image_terms import COMPARING, check_finite, check_term
 from mergekit_lfm.distill.impressions import draw_classes, draw_impressions
 from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import Clusters
-from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, class_count, frozen, heads_of, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
@@ -191,9 +191,11 @@ def _targets(
     if facts.targets is not None:
         return known | {"targets": facts.targets}
     if options.targets == "impressions":
-        return known | {"targets": draw_impressions(last_linear(observer.teacher).weight, count, seed)}
+        weights = [head.weight for head in heads_of(observer.teacher)]
+        weight = torch.block_diag(*weights)  # type: ignore[no-untyped-call]  # no class is like another teacher's
+        return known | {"targets": draw_impressions(weight, count, seed)}
     if {"one_hot", "boundary"} & terms.keys():
-        known["targets"] = draw_classes(count, last_linear(observer.teacher).out_features, seed)
+        known["targets"] = draw_classes(count, class_count(observer.teacher), seed)
     return known
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.amalgam import Amalgam
+from mergekit_lfm.distill.amalgamation import shared_sizes
 from mergekit_lfm.distill.generate import generate
 from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, build
@@ -19,8 +22,9 @@ from mergekit_lfm.distill.invert import Facts, Inversion, invert
 from mergekit_lfm.distill.learner import Learner, Learning, learn
 from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import Clusters, with_records
-from mergekit_lfm.distill.passes import Moments, last_linear
+from mergekit_lfm.distill.passes import Moments, class_count
 from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.stack import Stack
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.recipe.synthesise_presets import Family, Preset, check_needs, find_preset
@@ -59,7 +63,7 @@ class Synthesis:
 
 
 def synthesise(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     student: nn.Module | None,
     preset: str | Preset,
     shape: tuple[int, int, int],
@@ -78,15 +82,16 @@ def synthesise(
 ) -> Synthesis:
     """Make images for a teacher by a preset, and train a student on them, in place.
 
-    shape: of an image, channels, height and width; low, high: the range of its pixels. count: images that are made or
-    chosen, by default 256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds
-    instead. Without a student, presets that need none only make images. inversion, generation, learning: settings of
-    `Inversion`, `Generation` and `Learning` in place of the preset's. making: keeps a state, from which a killed run
-    goes on. A teacher without BatchNorm needs records, which
-    take its place. Raises PlanError with all that a preset needs and is not given, and for arguments and settings that
-    it does not read.
+    teacher: one, or several of other classes each; the student has all these in their order. shape: of an image,
+    channels, height and width; low, high: the range of its pixels. count: images that are made or chosen, by default
+    256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds instead. Without a
+    student, presets that need none only make images. inversion, generation, learning: settings of `Inversion`,
+    `Generation` and `Learning` in place of the preset's. making: keeps a state, from which a killed run goes on. A
+    teacher without BatchNorm needs records, which take its place. Raises PlanError with all that a preset needs and is
+    not given, and for arguments and settings that it does not read.
     """
     row = find_preset(preset) if isinstance(preset, str) else preset
+    teacher = teacher if isinstance(teacher, nn.Module) else Amalgam(teacher)
     given = given or Given()
     _refuse_unread(row, student, count, student_steps, inversion, generation, learning)
     row = _fit(row, teacher, student, given)
@@ -101,7 +106,7 @@ def synthesise(
     if study.memory != "none":
         raise PlanError(f"found the memory {study.memory!r}; {row.name} has all its images at hand. Leave it out")
     count, steps = count or COUNT, student_steps or STUDENT_STEPS
-    classes, learner = last_linear(teacher).out_features, None
+    classes, learner = class_count(teacher), None
     if student is not None:
         learner = Learner(student, classes, study, steps, seed, (how.low, how.high))
         learner.join(making)
@@ -219,10 +224,14 @@ def _by_generator(
     tell: Tell | None,
     making: Making,
 ) -> Synthesis:
-    classes = last_linear(teacher).out_features if generation.conditional else 0
-    generator = build(
-        lambda: Generator(shape, classes=classes, low=pixels[0], high=pixels[1]), seed_of(seed, "generator")
-    ).to(next(teacher.parameters()).device)
+    how: dict[str, Any] = {"low": pixels[0], "high": pixels[1]}
+    own, device = seed_of(seed, "generator"), next(teacher.parameters()).device
+    classes = class_count(teacher) if generation.conditional else 0
+    generator: Generator | Stack
+    if generation.stacked:
+        generator = build(partial(Stack, shape, shared_sizes(teacher, student, shape), **how), own).to(device)
+    else:
+        generator = build(partial(Generator, shape, classes=classes, **how), own).to(device)
     made = generate(
         teacher,
         student,
@@ -236,7 +245,7 @@ def _by_generator(
         tell=tell,
         making=making,
     )
-    return Synthesis(made.samples, made.record, tuple(line["student"] for line in made.record))
+    return Synthesis(made.samples, made.record, tuple(line["student"] for line in made.record if "student" in line))
 
 
 def _join(first: Samples, second: Samples) -> Samples:

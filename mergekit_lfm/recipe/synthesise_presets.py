@@ -194,6 +194,17 @@ GENERATORS = (
     ),
 )
 
+AMALGAMATION = (
+    Preset(
+        "amalgamation",
+        "Ye et al. 2020, Group-Stack Dual-GAN, arXiv 2003.09088",
+        "groups of a generator, then blocks of the student, trained against the last layers of several teachers",
+        "generator",
+        {"one_hot": 1.0, "activation": 0.1, "balance": 5.0},
+        generation={"stacked": True, "generator_steps": 4, "student_steps": 10},
+    ),
+)
+
 WILD = (
     Preset(
         "dfnd",
@@ -204,7 +215,7 @@ WILD = (
     ),
 )
 
-PRESETS: Mapping[str, Preset] = {row.name: row for row in (*PIXELS, *GENERATORS, *WILD)}
+PRESETS: Mapping[str, Preset] = {row.name: row for row in (*PIXELS, *GENERATORS, *AMALGAMATION, *WILD)}
 
 
 def check_needs(row: Preset, present: Mapping[str, bool], *, student: bool) -> None:

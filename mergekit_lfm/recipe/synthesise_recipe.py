@@ -32,6 +32,7 @@ FILES: Mapping[str, tuple[str, frozenset[str]]] = {
 OWN = ("student", *FILES, "size", "low", "high", "count", "steps", "rounds")
 Number = Annotated[int, Field(strict=True, ge=1)]
 Pixel = Annotated[float, Field(allow_inf_nan=False)]
+Classes = tuple[int, int]
 File = Annotated[str | None, BeforeValidator(read_reference)]
 
 
@@ -39,11 +40,11 @@ class ImageTeacher(Strict):
     """A classifier of images. classes: those of the student, first and last, that its own are, in order."""
 
     model: Reference
-    classes: tuple[int, int] | None = None
+    classes: Classes | None = None
 
 
 class SynthesiseRecipe(JobForm):
-    """Images as the user asks for them. teachers: one classifier of images, or several for presets that take some.
+    """Images as the user asks for them. teachers: one classifier of images, or several.
 
     Several teachers have classes of their own; by default those of the first come first. preset: a row of `PRESETS`.
     student: another classifier, of all these classes, which learns from the images. student_out: where it is written,
@@ -74,7 +75,7 @@ class SynthesiseRecipe(JobForm):
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
     output: File = None
 
-    _teachers: tuple[FoundModel, ...] = PrivateAttr(default=())
+    _teachers: tuple[tuple[FoundModel, Classes | None], ...] = PrivateAttr(default=())
     _student: FoundModel | None = PrivateAttr(default=None)
     _files: dict[str, NamedFile] = PrivateAttr(default_factory=dict)
 
@@ -82,10 +83,10 @@ class SynthesiseRecipe(JobForm):
     def _check(self, info: ValidationInfo) -> Self:
         where: Where = (info.context or {"where": Where()})["where"]
         problems = list[Problem]()
-        for i, entry in enumerate(self.teachers):
+        for i, entry in sorted(enumerate(self.teachers), key=lambda pair: pair[1].classes or (0, 0)):
             teacher, missing = attempt(partial(find_reference, entry.model, where), f"teachers[{i}].model")
             problems += missing
-            self._teachers += () if teacher is None else (teacher,)
+            self._teachers += () if teacher is None else ((teacher, entry.classes),)
         if self.student is not None:
             self._student, missing = attempt(partial(find_reference, self.student, where), "student")
             problems += missing
@@ -115,8 +116,9 @@ class SynthesiseRecipe(JobForm):
         unread += [key for key, (_, served) in FILES.items() if key in given and not served.intersection(row.needs)]
         for key in unread:
             yield problem_at(key, FOUND, found="it", expected=f"none: {row.name} does not read {key}; leave it out")
-        if len(self.teachers) > 1:
-            yield problem_at("teachers", FOUND, found=str(len(self.teachers)), expected=f"one for {row.name}")
+        for key in ("stats", "data"):
+            if key in given and len(self.teachers) > 1:
+                yield problem_at(key, FOUND, found="it", expected="none with several teachers; leave it out")
 
     def _check_classes(self) -> Iterator[Problem]:
         """The problems of classes that the teachers share among them."""
@@ -125,6 +127,9 @@ class SynthesiseRecipe(JobForm):
             yield problem_at("teachers", FOUND, found="classes", expected="those of every teacher, or of none")
         else:
             yield from check_ranges(ranges)
+        names = [entry.model for entry in self.teachers]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield problem_at("teachers", FOUND, found=f"{name} twice", expected="each once")
 
     @property
     def row(self) -> Preset:
@@ -132,8 +137,8 @@ class SynthesiseRecipe(JobForm):
         return PRESETS[self.preset]
 
     @property
-    def found_teachers(self) -> tuple[FoundModel, ...]:
-        """The teachers."""
+    def found_teachers(self) -> tuple[tuple[FoundModel, Classes | None], ...]:
+        """The teachers in the order of their classes, with these if the recipe says them."""
         return self._teachers
 
     @property

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_commands import answer, refusal, run
@@ -214,3 +215,30 @@ def test_later_stages_take_the_images_and_the_student(
     assert not Path("out.stages").exists()
     Path("recipe.yaml").write_text(STAGES.replace("student_out: learned", "student_out: made"))
     assert "made names another result" in refusal(run("plan", "recipe.yaml", "out.json"))
+
+
+def test_a_student_of_two_teachers_has_the_classes_of_both(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    config = ResNetConfig(**SIZES, num_labels=5, num_channels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "both")
+    arguments = ["--preset", "amalgamation", "--student", str(tmp_path / "both"), "-o", str(tmp_path / "made.npz")]
+    form = ["--size", "16", "--low", "0", "--high", "1", "--rounds", "10"]
+    assert "other takes images of" in refusal(run("synthesise", "teacher", "other", "--size", "8", *arguments))
+    assert "expected as many" in refusal(run("synthesise", "teacher", *arguments, *form))
+    made = answer(run("synthesise", "teacher", "other", *arguments, *form, "--json"))
+    assert made["student"] == str(tmp_path / "made-student") and made["count"] == 128
+    ranges = [{"model": "other", "classes": [0, 1]}, {"model": "teacher", "classes": [2, 4]}]
+    recipe = {"job": "synthesise", "teachers": ranges, "preset": "dafl", "size": 16, "low": 0, "high": 1}
+    recipe |= {"student": str(tmp_path / "both"), "rounds": 1}
+    run_recipe(recipe, tmp_path / "again.npz")
+    labels = np.load(tmp_path / "again.npz")["labels"]
+    assert labels.max() <= 4
+    for classes in ([0, 2], [0, 0]):
+        ranges[0]["classes"] = classes
+        with pytest.raises(PlanError, match="classes from 0 on without a gap"):
+            run_recipe(recipe, tmp_path / "wrong.npz")
+    ranges[:] = [{"model": "other", "classes": [0, 2]}, {"model": "teacher", "classes": [3, 4]}]
+    with pytest.raises(PlanError, match=r"other has 2 classes; expected 0 to 2"):
+        run_recipe(recipe, tmp_path / "wrong.npz")

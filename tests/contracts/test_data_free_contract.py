@@ -50,7 +50,8 @@ def run(name: str, *, norm: bool = True, seed: int = 0, making: Making | None = 
     if row.family == "pixels":
         settings["inversion"] = {"steps": 2}
     if row.family == "generator":
-        settings = {"generation": {"rounds": 2, "generator_steps": 2, "student_steps": 2, "batch_size": 12}}
+        rounds = 10 if name == "amalgamation" else 2  # of which three are the student's on scores
+        settings = {"generation": {"rounds": rounds, "generator_steps": 2, "student_steps": 2, "batch_size": 12}}
     given, learning = facts_about(teacher), {"batch_size": 8}
     how: dict[str, Any] = {"given": given, "seed": seed, "learning": learning, "making": making}
     made = synthesise(teacher, student, row, SHAPE, **how, **settings)
@@ -72,7 +73,7 @@ def test_a_preset_makes_the_same_finite_results_if_it_is_interrupted(name: str, 
     assert first.record == second.record and first.losses == second.losses
     images = first.samples.images
     assert images.shape[1:] == SHAPE and float(images.min()) >= 0 and float(images.max()) <= 1
-    assert bool(student.isfinite().all()) and len(first.losses) in (2, 4) and interruptions >= 2
+    assert bool(student.isfinite().all()) and len(first.losses) in (2, 3, 4) and interruptions >= 2
     assert not torch.equal(student, torch.cat([x.flatten().float() for x in small(1).state_dict().values()]))
 
 
