@@ -221,7 +221,7 @@ def test_a_student_of_two_teachers_has_the_classes_of_both(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(models)
-    config = ResNetConfig(**SIZES, num_labels=5, num_channels=3)
+    config = ResNetConfig(**{**SIZES, "num_labels": 5}, num_channels=3)
     ResNetForImageClassification(config).save_pretrained(tmp_path / "both")
     arguments = ["--preset", "amalgamation", "--student", str(tmp_path / "both"), "-o", str(tmp_path / "made.npz")]
     form = ["--size", "16", "--low", "0", "--high", "1", "--rounds", "10"]
