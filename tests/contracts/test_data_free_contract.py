@@ -50,7 +50,7 @@ def run(name: str, *, norm: bool = True, seed: int = 0, making: Making | None = 
     if row.family == "pixels":
         settings["inversion"] = {"steps": 2}
     if row.family == "generator":
-        rounds = 10 if name == "amalgamation" else 2  # of which three are the student's on scores
+        rounds = 10 if name == "amalgamation" else 2  # three of the ten are on scores
         settings = {"generation": {"rounds": rounds, "generator_steps": 2, "student_steps": 2, "batch_size": 12}}
     given, learning = facts_about(teacher), {"batch_size": 8}
     how: dict[str, Any] = {"given": given, "seed": seed, "learning": learning, "making": making}
