@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from data_free import SHAPE, STEPS, Data, Net, judge, load, new_student, on_noise, table
+from data_free import SHAPE, STEPS, Data, Net, fit, judge, load, new_student, on_noise, table
 from torch import Tensor, nn
 
 from mergekit_lfm.distill.amalgam import Amalgam
@@ -52,18 +52,7 @@ def teach(data: Data, digits: range, seed: int, epochs: int = 30) -> Half:
     """A teacher of these digits alone."""
     images, labels = data.train
     own = (labels >= digits.start) & (labels < digits.stop)
-    images, labels = images[own], labels[own] - digits.start
-    net, generator = build(Half, seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for chosen in torch.split(torch.randperm(len(images), generator=generator), 64):
-            loss = nn.functional.cross_entropy(net(images[chosen]), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
-    return net.eval()
+    return fit(build(Half, seed), (images[own], labels[own] - digits.start), seed, epochs)
 
 
 def study(teacher: nn.Module, student: Net, images: Tensor, seed: int) -> None:
