@@ -47,12 +47,12 @@ def plan_phases(rounds: int, sizes: int) -> list[Phase]:
         start, sum_ = end, sum_ + share
         end = round(rounds * sum_)
         phases.append(Phase(kind, number, start, end))
-    return phases
+    return [*phases[:-1], phases[-1]._replace(end=first_on_scores(rounds))]
 
 
-def is_over(number: int, rounds: int) -> bool:
-    """Whether a round is the student's, on all scores."""
-    return number >= plan_phases(rounds, 1)[-1].end
+def first_on_scores(rounds: int) -> int:
+    """The first round in which the student learns from all scores."""
+    return round(rounds * (GROUPS + JOINT + BLOCKS))
 
 
 def shared_sizes(teacher: nn.Module, student: nn.Module, shape: tuple[int, int, int]) -> list[Size]:
@@ -113,6 +113,10 @@ class Amalgamation:
             used.append({i for i, slope in enumerate(slopes) if slope is not None})
         before = [*used[1:], set[int]()]
         return [[trained[i] for i in sorted(own - less)] for own, less in zip(used, before, strict=True)]
+
+    def end(self) -> None:
+        """The student's parameters have no moments when it begins to learn from scores."""
+        self.making.forget(*self.student.parameters())
 
     def round(self, number: int, draw: Iterable[Tensor]) -> dict[str, float]:
         """A round; its line of the record. draw: latent numbers, for each step."""

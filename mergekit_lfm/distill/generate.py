@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.amalgamation import Amalgamation, is_over
+from mergekit_lfm.distill.amalgamation import Amalgamation, first_on_scores
 from mergekit_lfm.distill.bank import Bank
 from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, Reader, build, renew
@@ -170,8 +170,7 @@ class _Work:
     def steps_of(self, number: int) -> int:
         """The student's steps in a round."""
         stacked = isinstance(self.generator, Stack)
-        over = not stacked or is_over(number, self.options.rounds)
-        return self.options.student_steps if over else 0
+        return self.options.student_steps if not stacked or number >= first_on_scores(self.options.rounds) else 0
 
     def round(self, number: int) -> dict[str, float]:
         """A round; its line of the record."""
@@ -182,7 +181,10 @@ class _Work:
     def _amalgamate(self, amalgamation: Amalgamation, number: int) -> dict[str, float]:
         """The steps of an amalgamation before the student learns from scores; the terms of the last one."""
         self.generator.train()
-        if is_over(number, self.options.rounds):
+        first = first_on_scores(self.options.rounds)
+        if number == first:
+            amalgamation.end()
+        if number >= first:
             return {}
         steps = range(self.options.generator_steps)
         return amalgamation.round(number, (self.draw("step", number, step)[0] for step in steps))

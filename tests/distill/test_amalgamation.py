@@ -8,7 +8,7 @@ from helpers_distill import SHAPE, some_images
 from torch import Tensor, nn
 
 from mergekit_lfm.distill.amalgam import Amalgam
-from mergekit_lfm.distill.amalgamation import Amalgamation, is_over, plan_phases, shared_sizes
+from mergekit_lfm.distill.amalgamation import Amalgamation, first_on_scores, plan_phases, shared_sizes
 from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import build
 from mergekit_lfm.distill.making import Making
@@ -57,7 +57,7 @@ def test_phases_follow_each_other_and_leave_rounds_to_the_student() -> None:
         ("group", 0), ("group", 1), ("joint", 0), ("block", 1), ("block", 0),
     ]  # fmt: skip
     assert [phase.start for phase in phases] == [0, *(phase.end for phase in phases[:-1])] == [0, 4, 8, 20, 24]
-    assert not is_over(27, 40) and is_over(28, 40)
+    assert phases[-1].end == first_on_scores(40) == 28
 
 
 def test_each_phase_trains_its_part_alone() -> None:
