@@ -23,6 +23,7 @@ Files = dict[str, tuple[object, ...]]  # mode and content, by path
 
 # Modules that the commands load when they run, besides those of the interpreter of `helpers_faults`.
 MODULES = (
+    *("transformers.models.resnet.modeling_resnet", "PIL.PngImagePlugin"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.generation", "scipy.optimize", "huggingface_hub"),
 )
@@ -89,6 +90,8 @@ COMMANDS = {
     "meta": f"meta in/a {DATA} --data in/text.txt --algorithm fomaml {STEPS} -o out",
     "meta --on-disk": f"meta in/a {DATA} --data in/text.txt --algorithm reptile --on-disk {STEPS} -o out",
     "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
+    "synthesise": "synthesise in/classifier --preset dfq --rounds 2 --student in/small --student-out out --size 8 "
+    "--threads 1 -o out.npz",
     "push": f"push in/merged {REPO}",
     "verify": "verify in/merged",
 }
@@ -177,13 +180,18 @@ def open_bench(folder: Path) -> Iterator[Bench]:
 
 
 def _make_inputs(folder: Path) -> None:
-    """Two language models in three shards, a text, facts, and recipes."""
+    """Two language models in three shards, two classifiers of images, a text, facts, and recipes."""
     transformers.utils.logging.disable_progress_bar()
     for seed, name in enumerate("ab"):
         transformers.set_seed(seed)
         model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1, mlp_bias=True))
         model.save_pretrained(folder / name, max_shard_size="20KB")
         byte_tokenizer().save_pretrained(folder / name)
+    for width, name in ((8, "classifier"), (4, "small")):
+        config = transformers.ResNetConfig(
+            num_channels=1, embedding_size=width, hidden_sizes=[width], depths=[1], layer_type="basic", num_labels=3
+        )
+        transformers.ResNetForImageClassification(config).save_pretrained(folder / name)
     (folder / "text.txt").write_text("Ada is in Oslo and Leo is a cook\n" * 4)
     (folder / "facts.yaml").write_text('facts: [{prompt: "{} is in", subject: Ada, target_new: Rome}]\n')
     for name, recipe in RECIPES.items():

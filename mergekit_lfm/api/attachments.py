@@ -123,6 +123,25 @@ def _request(
     return file_request(Request(whole, public, inputs, LOCK), tuple(files), "attachment")
 
 
+@dataclass(frozen=True)
+class ReadModel:
+    """A model that runs, as the recipe names it. attached: what runs with it and changes no weight."""
+
+    ref: str
+    source: Checkpoint
+    attached: AdapterRef | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file of what runs with it."""
+        source = None if self.attached is None else self.attached.source
+        return (source,) if isinstance(source, Path) else ()
+
+    def load(self, task: str, device: str, dtype: str = "float32") -> Loaded:
+        """The model, ready to run."""
+        return load_with(self.source, self.attached, task, dtype=dtype, device=device)
+
+
 def load_attached(model: StrPath, task: str, *, device: str = "cpu") -> Loaded:
     """Load the model that a text names, MODEL or MODEL+ADAPTER, for a task, to be run.
 
@@ -151,6 +170,12 @@ def split_attached(found: FoundModel) -> tuple[FoundModel, AdapterRef | None]:
             f"found {given}, expected one bottleneck adapter, as a whole; average several with `mergekit-lfm average`"
         )
     return replace(found, adapters=tuple(ref for ref in found.adapters if ref not in attached)), attached[0]
+
+
+def open_named(named: FoundModel) -> ReadModel:
+    """A model that a recipe names, by its headers."""
+    found, attached = split_attached(named)
+    return ReadModel(named.ref, open_found(found), attached)
 
 
 def load_with(

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mergekit_lfm.api.attachments import load_with, split_attached
+from mergekit_lfm.api.attachments import ReadModel, open_named
 from mergekit_lfm.api.judge import judge_data
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.route import Expert, judge_routed
@@ -23,37 +23,13 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.file_request import FileRequest
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
-from mergekit_lfm.recipe.adapters import AdapterRef
 from mergekit_lfm.recipe.eval_recipe import JOB, ROUTED, EvalRecipe
-from mergekit_lfm.recipe.files import FoundModel
-from mergekit_lfm.runtime.load import Loaded
-from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file
 from mergekit_lfm.store.files import digest_file, read_json
-from mergekit_lfm.views.adapted import open_found
 
 Score = Perplexity | Accuracy | Retrieval | TokenLoss | Fit
 KINDS: Mapping[str, type[Score]] = {each.__name__: each for each in (Perplexity, Accuracy, Retrieval, TokenLoss, Fit)}
 Scores = Mapping[str, Mapping[str, Score]]  # by model, then by file, as the recipe names them
-
-
-@dataclass(frozen=True)
-class ReadModel:
-    """A model that runs, as the recipe names it. attached: what runs with it and changes no weight."""
-
-    ref: str
-    source: Checkpoint
-    attached: AdapterRef | None
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The file of what runs with it."""
-        source = None if self.attached is None else self.attached.source
-        return (source,) if isinstance(source, Path) else ()
-
-    def load(self, task: str, device: str, dtype: str = "float32") -> Loaded:
-        """The model, ready to run."""
-        return load_with(self.source, self.attached, task, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -98,12 +74,6 @@ def plan_eval(recipe: EvalRecipe, out: Path, *, device: str | None = None) -> Pl
     models = tuple(map(open_named, recipe.found))
     experts = tuple((open_named(found), file) for found, file in recipe.expert_models)
     return PlannedEval(recipe, out, models, experts, str(find_device(device or "cpu")))
-
-
-def open_named(named: FoundModel) -> ReadModel:
-    """A model that a recipe names, by its headers."""
-    found, attached = split_attached(named)
-    return ReadModel(named.ref, open_found(found), attached)
 
 
 def evaluate_planned(

@@ -9,19 +9,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.generate_batches import Pace, Text, write_batch
-from mergekit_lfm.api.generate_plans import PlannedTexts, plan_texts, read_lock
+from mergekit_lfm.api.generate_plans import PlannedTexts, plan_texts
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.stats import set_threads
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.output.file_request import lock_beside
+from mergekit_lfm.output.file_request import check_lock_beside, lock_beside, read_lock_beside
 from mergekit_lfm.output.unfinished_lines import UnfinishedLines, drop_unfinished
 from mergekit_lfm.recipe.generate_recipe import JOB, MOST_TOKENS, GenerateRecipe
 from mergekit_lfm.runtime.load import load_reader, tokenizer_for_texts
@@ -93,10 +92,10 @@ def write_planned(
     started, request, out = time.monotonic(), planned.request, planned.out
     there = request.is_answered(out, overwrite=overwrite)
     if there:
-        generated = Generated(**read_lock(out)["result"])
+        generated = Generated(**read_lock_beside(out, JOB)["result"])
         drop_unfinished(out)
     else:
-        _check_lock(out)
+        check_lock_beside(out, JOB)
         with set_threads(threads):
             generated = _write(planned, progress)
     cut = generated.texts - generated.ended
@@ -106,17 +105,6 @@ def write_planned(
         findings.append(f"{found}; raise max_new_tokens, or the window")
     warnings = warn_of([*planned.notices, *findings])
     return Outcome(out, generated, request.request.digest, there, warnings, time.monotonic() - started)
-
-
-def _check_lock(out: Path) -> None:
-    """Raise PlanError if another file is in the place of the lock."""
-    place = lock_beside(out)
-    try:
-        read_lock(out)
-    except FileNotFoundError:
-        return
-    except (FormatError, OSError):
-        raise PlanError(f"{place} is in the way of the lock of {out.name}; move it away") from None
 
 
 def _write(planned: PlannedTexts, progress: Progress) -> Generated:

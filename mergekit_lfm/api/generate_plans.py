@@ -6,16 +6,15 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from mergekit_lfm.api.eval_plans import ReadModel, open_named
-from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.api.attachments import ReadModel, open_named
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.devices import find_device
-from mergekit_lfm.output.file_request import FileRequest, lock_beside
+from mergekit_lfm.output.file_request import FileRequest, read_lock_beside
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.recipe.generate_recipe import JOB, GenerateRecipe
-from mergekit_lfm.store.files import digest_file, read_json
+from mergekit_lfm.store.files import digest_file
 from mergekit_lfm.train.openings import Opening, read_openings
 
 SUFFIX = ".jsonl"
@@ -60,7 +59,7 @@ class PlannedTexts:
         request = Request(whole, public, inputs)
 
         def answers(out: Path) -> bool:
-            lock = read_lock(out)
+            lock = read_lock_beside(out, JOB)
             return bool(lock["request"] == request.digest and lock["content"] == digest_file(out))
 
         return FileRequest(request, self.files, "a file of texts with its lock", answers)
@@ -81,12 +80,3 @@ def plan_texts(recipe: GenerateRecipe, out: Path, *, device: str | None = None) 
     planned = PlannedTexts(recipe, out, open_named(recipe.found), str(find_device(device or "cpu")))
     _ = planned.openings
     return planned
-
-
-def read_lock(out: Path) -> dict[str, Any]:
-    """The lock beside a file of texts. Raises FormatError for another file, OSError without one."""
-    place = lock_beside(out)
-    lock = read_json(place)
-    if not (isinstance(lock, dict) and lock.get("job") == JOB and {"request", "content", "result"} <= lock.keys()):
-        raise FormatError(f"{place} is not the lock of a file of texts; expected one that `generate` wrote")
-    return lock

@@ -8,31 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.processors import IMAGES
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.files import read_json
 
 SIDES = (("height", "width"), ("shortest_edge", "shortest_edge"))  # of an image processor's size, by names
 
 
 def image_form(
-    loaded: Loaded, size: int | None, low: float | None, high: float | None
+    model: Checkpoint, size: int | None, low: float | None, high: float | None
 ) -> tuple[tuple[int, int, int], tuple[float, float]]:
-    """The shape of an image, and the range of its pixels, as the model takes them."""
-    config: Any = loaded.model.config
-    file = loaded.checkpoint.path / IMAGES
+    """The shape of an image, and the range of its pixels, as the model takes them, by its files alone."""
+    config, file = model.config, model.path / IMAGES
     processor = read_json(file) if file.is_file() else {}
     if not isinstance(processor, dict):
         raise FormatError(f"{file}: found {type(processor).__name__}; expected an image processor's settings by name")
-    sides = _sides(size or getattr(config, "image_size", None) or processor.get("crop_size") or processor.get("size"))
+    sides = _sides(size or config.get("image_size") or processor.get("crop_size") or processor.get("size"))
     if sides is None:
-        raise PlanError(f"{loaded.checkpoint.path} does not say how large its images are; give the size")
+        raise PlanError(f"{model.path} does not say how large its images are; give the size")
     if low is None or high is None:
         least, most = pixel_range(processor, file)
         low, high = least if low is None else low, most if high is None else high
     if not (math.isfinite(low) and low < high < math.inf):
         raise PlanError(f"low is {low:g} and high {high:g}; expected a range of pixels. Correct them")
-    return (int(getattr(config, "num_channels", 3)), *sides), (low, high)
+    return (int(config.get("num_channels", 3)), *sides), (low, high)
 
 
 def pixel_range(processor: Mapping[str, Any], file: Path) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
 from mergekit_lfm.recipe.student_recipe import StudentRecipe
+from mergekit_lfm.recipe.synthesise_recipe import SynthesiseRecipe
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
 
 
@@ -208,8 +209,19 @@ STUDENT = Job(
     run=_later("students.make_planned_student"),
     show="students",
 )
+SYNTHESISE = Job(
+    name="synthesise",
+    makes="a file of images",
+    parse=SynthesiseRecipe.parse,
+    plan=_later("synthesise_plans.plan_synthesis"),
+    run=_later("synthesise.make_planned_images"),
+    show="synthetic",
+    suffix=lambda _: ".npz",
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
 JOBS: Mapping[str, Job] = {
-    job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, GENERATE, HEAD, META, STATS, STUDENT, TUNE)
+    job.name: job for job in (ADAPTERS, DISTILL, EVAL, EXTRACT, GENERATE, HEAD, META, STATS, STUDENT, SYNTHESISE, TUNE)
 }
 
 

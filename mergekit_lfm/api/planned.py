@@ -114,21 +114,23 @@ class Stages:
 
     def drop(self) -> None:
         """Remove the results of the stages."""
-        from mergekit_lfm.output.file_request import lock_beside
+        from mergekit_lfm.output.file_request import files_beside
         from mergekit_lfm.output.lock import LOCKS
         from mergekit_lfm.store.places import remove
 
         for place in self.places.values():
             if place.is_file() or any((place / name).is_file() for name in LOCKS):
                 remove(place)
-                lock_beside(place).unlink(missing_ok=True)
+                for path in files_beside(place):
+                    path.unlink(missing_ok=True)
         with suppress(OSError):  # it holds something else, too
             self.folder.rmdir()
 
 
 def places_of(stages: Iterable[Stage], folder: Path) -> dict[str, Path]:
-    """The results of stages in a folder, by the names of the stages."""
-    return {stage.name: folder / f"{stage.name}{suffix_of(stage)}" for stage in stages}
+    """The results of stages in a folder, by the names of the stages; and what a stage makes besides, by its own."""
+    places = {stage.name: folder / f"{stage.name}{suffix_of(stage)}" for stage in stages}
+    return places | {name: folder / name for stage in stages for name in stage.besides}
 
 
 def suffix_of(stage: Stage) -> str:
@@ -143,7 +145,7 @@ def parse_stage(
     """The recipe of a stage. where: the recipe's folder. places: the results of the stages before it."""
     job = find_job(stage.data, stage.label)
     parse = Recipe.parse if job is None else job.parse
-    needed = {name: places[name] for name in stage.needs}
+    needed = {name: places[name] for name in stage.takes}
     return parse(stage.data, where, stage.label, needed, allow_unknown=allow_unknown)
 
 

@@ -21,7 +21,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 from mergekit_lfm.store.places import beside
 
-FILES = (".json", ".jsonl", ".safetensors")  # how the names of results end that are files
+FILES = (".json", ".jsonl", ".npz", ".safetensors")  # how the names of results end that are files
 
 PlanStage = Callable[[Stage, Recipe | JobRecipe, Path, Mapping[str, Any]], Planned]
 

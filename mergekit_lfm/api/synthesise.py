@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor
 
-from mergekit_lfm.api.arguments import StrPath, expand, model_folder
-from mergekit_lfm.api.image_forms import image_form
+from mergekit_lfm.api.arguments import StrPath, expand
+from mergekit_lfm.api.image_students import ImageStudent
 from mergekit_lfm.api.outcome import Outcome, warn_of
-from mergekit_lfm.api.tune_results import changes_of
+from mergekit_lfm.api.stats import set_threads
+from mergekit_lfm.api.synthesise_plans import PlannedImages, plan_synthesis
+from mergekit_lfm.api.tune import check_training
 from mergekit_lfm.artifacts.statistics import open_statistics
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import collect_records, find_clusters, read_records
 from mergekit_lfm.distill.passes import Moments, scores_in_parts
-from mergekit_lfm.distill.presets import Family, Preset, find_preset
-from mergekit_lfm.distill.samples import DRAWN, save_samples
+from mergekit_lfm.distill.samples import draw_grid, encode_samples
 from mergekit_lfm.distill.synthesise import Given, Synthesis, synthesise
-from mergekit_lfm.errors import FormatError, PlanError, shorten
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.extras import import_extra
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.output.save import check_out, save_checkpoint
+from mergekit_lfm.output.file_request import check_lock_beside, lock_beside, read_lock_beside
+from mergekit_lfm.recipe.synthesise_recipe import DEFAULT, JOB, SynthesiseRecipe
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.runtime.data import read_data
 from mergekit_lfm.runtime.load import Loaded, load_model
-from mergekit_lfm.runtime.subject import Subject, make_subject
-from mergekit_lfm.store.places import check_file, check_outside
-from mergekit_lfm.views.adapted import with_adapters
+from mergekit_lfm.runtime.subject import make_subject
+from mergekit_lfm.store.durable import replace_file, sync_folder
+from mergekit_lfm.store.locks import lock_folder
+from mergekit_lfm.train.loop import STATE
+from mergekit_lfm.train.state import METRICS
+from mergekit_lfm.version import versions
 
 if TYPE_CHECKING:
-    from mergekit_lfm.store.checkpoint import Checkpoint
+    pass
 
 PART = 128  # images that are scored at once
-# Arguments that a family does not read.
-UNREAD: Mapping[Family, tuple[str, ...]] = {"pixels": (), "generator": ("count", "steps"), "wild": ("rounds",)}
-# Files, and the needs of a preset that they serve.
-SERVED = {
-    "stats": {"batch_norm", "records"},
-    "data": {"batch_norm", "records", "clusters"},
-    "images": {"proxy", "wild"},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,10 @@ class Synthesised:
 
 
 def synthesise_images(
-    teacher: StrPath,
+    teachers: StrPath | Sequence[StrPath],
     out: StrPath,
     *,
-    preset: str = "deepinversion",
+    preset: str = DEFAULT,
     student: StrPath | None = None,
     student_out: StrPath | None = None,
     stats: StrPath | None = None,
@@ -81,7 +82,8 @@ def synthesise_images(
     steps: int | None = None,
     rounds: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: Progress = SILENCE,
 ) -> Outcome[Synthesised]:
@@ -89,128 +91,139 @@ def synthesise_images(
 
     Images of 1 or 3 channels are drawn in a .png beside it, too.
 
-    student: another classifier of the same classes, which learns from the images, and is written to `student_out`; both
-    stay as they are. stats: a file of Gram matrices of the teacher; data: an .npz file of some of its images, for
-    records and clusters; images: one of images of any kind. size: height and width, by default those of the model's
-    config or image processor; low, high: the range of pixels, by default the processor's, else 0 to 1. count: how many
-    images gradients make or are chosen, by default 256. steps: of a student on these, by default 1,200; rounds: of a
-    generator, or steps of gradients for each batch of images; by default the preset's.
+    teachers: one classifier, or several of other classes each, which then are numbered on, for presets that take some.
+    student: another classifier, of all these classes, which learns from the images, and is written to `student_out`, by
+    default beside the images under their name with -student; all models stay as they are. stats: a file of Gram
+    matrices of the teacher; data: an .npz file of some of its images, for records and clusters; images: one of images
+    of any kind. size: height and width, by default those of the model's config or image processor; low, high: the range
+    of pixels, by default the processor's, else 0 to 1. count: how many images gradients make or are chosen, by default
+    256. steps: of a student on these, by default 1,200; rounds: of a generator, or steps of gradients for each batch of
+    images; by default the preset's. threads: how many torch uses.
 
-    Raises PlanError for all that a preset needs and is not given, or is given and does not read, and for models that do
-    not go together; FormatError for files of something else; ImportError without transformers or Pillow.
+    A run that was killed goes on from its state in OUT.training to the same bytes. If `out` and `student_out` hold the
+    result of the same request already, which OUT.lock.json says, nothing is done. The outcome's digest is that of the
+    request. Raises PlanError for all that a preset needs and is not given, or is given and does not read, and for
+    models that do not go together; FormatError for files of something else; ImportError without transformers or Pillow.
     """
-    started = time.monotonic()
-    row, place, target = find_preset(preset), expand(out), None if student_out is None else expand(student_out)
-    files = [expand(each, "data") for each in (stats, data, images) if each is not None]
-    folders = [model_folder(each) for each in (teacher, student) if each is not None]
-    read = {"stats": stats, "data": data, "images": images}
-    numbers = {"size": size, "count": count, "steps": steps, "rounds": rounds}
-    _check(row, place, target, student is not None, [name for name, file in read.items() if file is not None], numbers)
-    check_file(place, [*files, *folders], overwrite=overwrite)
-    if target is not None:
-        check_out(target, {str(path): path for path in (*files, *folders)}, overwrite=overwrite)
-        check_outside(place, [target])
-    loaded = [load_model(with_adapters(folder), "classification", device=device) for folder in folders]
-    _check_classes(loaded)
-    shape, bounds = image_form(loaded[0], size, low, high)
-    if shape[0] in DRAWN:
-        import_extra("PIL.Image", "drawing images", "images")
-        check_file(place.with_suffix(".png"), [*files, *folders], overwrite=overwrite)
-    learner = _Student(loaded[1]) if target is not None else None  # as it is before the training
-    given = _given(loaded[0], row, stats, data, images, shape)
-    made = _make(loaded, row, shape, bounds, given, (count, steps, rounds), seed, progress)
-    written, findings = tuple(save_samples(place, made.samples)), list[str]()
-    if target is not None and learner is not None:
-        findings = learner.write(target, row.name, seed)
-    result = _describe(row.name, made, written, None if learner is None else learner.loaded, target)
-    return Outcome(place, result, warnings=warn_of(findings), seconds=time.monotonic() - started)
+    settings = {name: value for name, value in locals().items() if name in SynthesiseRecipe.model_fields}
+    named = [teachers] if isinstance(teachers, str | os.PathLike) else teachers
+    paths: dict[str, Any] = {key: os.fspath(x) for key, x in settings.items() if isinstance(x, os.PathLike)}
+    paths["teachers"] = [os.fspath(x) for x in named]
+    recipe = SynthesiseRecipe.parse({"job": JOB, **settings, **paths})
+    place = None if student_out is None else expand(student_out)
+    planned = plan_synthesis(recipe, expand(out), device=device, student_out=place)
+    return make_planned_images(planned, threads=threads, overwrite=overwrite, progress=progress)
 
 
-def _make(
-    loaded: Sequence[Loaded],
-    row: Preset,
-    shape: tuple[int, int, int],
-    bounds: tuple[float, float],
-    given: Given,
-    numbers: tuple[int | None, int | None, int | None],
-    seed: int,
-    progress: Progress,
+def make_planned_images(
+    planned: PlannedImages, *, threads: int | None = None, overwrite: bool = False, progress: Progress = SILENCE
+) -> Outcome[Synthesised]:
+    """Make planned images; as `synthesise_images` does."""
+    started, request, out, findings = time.monotonic(), planned.request, planned.out, list[str]()
+    there = request.is_answered(out, overwrite=overwrite)
+    if there:
+        result = _known(planned)
+    else:
+        check_lock_beside(out, JOB)
+        check_training(planned.training)
+        if planned.picture is not None:
+            import_extra("PIL.Image", "drawing images", "images")
+        planned.training.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock_folder(planned.training), set_threads(threads):
+                result, findings = _make(planned, overwrite, progress)
+                for name in (STATE, METRICS):
+                    (planned.training / name).unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # the state of a run that was interrupted is in it
+                planned.training.rmdir()
+    warnings = warn_of([*planned.notices, *findings])
+    return Outcome(out, result, request.request.digest, there, warnings, time.monotonic() - started)
+
+
+def _known(planned: PlannedImages) -> Synthesised:
+    """The result that an earlier run has left."""
+    facts = read_lock_beside(planned.out, JOB)["result"]
+    return Synthesised(**{**facts, "shape": tuple(facts["shape"])}, **_places(planned))
+
+
+def _places(planned: PlannedImages) -> dict[str, Any]:
+    files = (planned.out, *([] if planned.picture is None else [planned.picture]))
+    return {"files": files, "student": None if planned.student is None else planned.student[1]}
+
+
+def _make(planned: PlannedImages, overwrite: bool, progress: Progress) -> tuple[Synthesised, list[str]]:
+    """Make the images, train the student, and write both; also findings."""
+    recipe, request, findings = planned.recipe, planned.request, list[str]()
+    loaded = [each.load("classification", planned.device) for each in planned.teachers]
+    student = None
+    if planned.student is not None:
+        student = ImageStudent(load_model(planned.student[0], "classification", device=planned.device))
+    _check_images([*loaded, *([] if student is None else [student.loaded])])
+    given = _given(loaded[0], recipe, planned.shape)
+    made = _synthesise(planned, loaded, student, given, progress)
+    request.request.check_unchanged()
+    facts = _describe(recipe.preset, made, student)
+    content = encode_samples(made.samples)
+    lock = {"job": JOB, "request": request.request.digest, "recipe": request.request.public}
+    lock |= {"versions": versions("torch"), "result": facts, "content": xxhash.xxh3_128_hexdigest(content)}
+    replace_file(lock_beside(planned.out), (json.dumps(lock, indent=2) + "\n").encode())
+    replace_file(planned.out, content)
+    if planned.picture is not None:
+        replace_file(planned.picture, draw_grid(made.samples))
+    sync_folder(planned.out.parent)
+    if student is not None and not request.is_learned(overwrite=overwrite):
+        findings = student.write(planned, facts)
+    return Synthesised(**facts, **_places(planned)), findings
+
+
+def _synthesise(
+    planned: PlannedImages, loaded: Sequence[Loaded], student: ImageStudent | None, given: Given, progress: Progress
 ) -> Synthesis:
-    """The images; the student is trained in place. loaded: the teacher, and perhaps the student."""
-    count, steps, rounds = numbers
+    """The images; the student is trained in place."""
+    recipe, row = planned.recipe, planned.recipe.row
     pixels = row.family == "pixels"
-    longer = {} if rounds is None else {"steps" if pixels else "rounds": rounds}
+    longer = {} if recipe.rounds is None else {"steps" if pixels else "rounds": recipe.rounds}
     with progress.by_count(" steps" if pixels else " rounds", "making images") as report:
         return synthesise(
-            loaded[0].model,
-            loaded[1].model if len(loaded) > 1 else None,
+            [each.model for each in loaded] if len(loaded) > 1 else loaded[0].model,
+            None if student is None else student.loaded.model,
             row,
-            shape,
+            planned.shape,
             given=given,
-            count=count,
-            student_steps=steps,
-            low=bounds[0],
-            high=bounds[1],
-            seed=seed,
+            count=recipe.count,
+            student_steps=recipe.steps,
+            low=planned.pixels[0],
+            high=planned.pixels[1],
+            seed=recipe.seed,
             tell=lambda done, whole, _: report(done, whole),
+            making=Making(planned.training, planned.request.request.digest),
             **{"inversion" if pixels else "generation": longer},
         )
 
 
-def _check(
-    row: Preset, out: Path, target: Path | None, student: bool, files: list[str], numbers: Mapping[str, int | None]
-) -> None:
-    """Raise PlanError for arguments out of range, and those that are not read, with all of them."""
-    problems = [] if out.suffix == ".npz" else [f"{out}: found the suffix {out.suffix or '(none)'}; expected .npz"]
-    if student != (target is not None):
-        given, lacking = ("a student", "a place to write it") if student else ("a place for a student", "a student")
-        problems.append(f"found {given} without {lacking}; give both or neither")
-    least = {"count": 2, "size": 1, "steps": 1, "rounds": 1}
-    present = {name: value for name, value in numbers.items() if value is not None}
-    problems += [f"{name} is {x}; expected at least {least[name]}" for name, x in present.items() if x < least[name]]
-    unread = [name for name in present if name in UNREAD[row.family]]
-    unread += [name for name in files if not SERVED[name].intersection(row.needs)]
-    if unread:
-        problems.append(f"{row.name} does not read {' and '.join(unread)}; leave that out")
-    elif "steps" in present and not student:
-        problems.append("found steps of a student without a student; give one, or leave them out")
-    if problems:
-        raise PlanError("; ".join(problems))
-
-
-def _check_classes(loaded: list[Loaded]) -> None:
-    """Raise PlanError if a model takes no images, or the models differ in their number of classes."""
+def _check_images(loaded: Sequence[Loaded]) -> None:
+    """Raise PlanError if a model takes no images."""
     for each in loaded:
         if getattr(each.model, "main_input_name", "") != "pixel_values":
             raise PlanError(
                 f"{each.checkpoint.path} takes no images; expected a classifier of images. Give such a model"
             )
-    numbers = [each.model.config.num_labels for each in loaded]  # type: ignore[union-attr]
-    if len({*numbers}) > 1:
-        raise PlanError(
-            f"the teacher has {numbers[0]} classes and the student {numbers[1]}; expected as many. Give others"
-        )
 
 
-def _given(
-    loaded: Loaded,
-    row: Preset,
-    stats: StrPath | None,
-    data: StrPath | None,
-    images: StrPath | None,
-    shape: tuple[int, int, int],
-) -> Given:
+def _given(loaded: Loaded, recipe: SynthesiseRecipe, shape: tuple[int, int, int]) -> Given:
     """The facts that a user has besides the teacher, as far as the preset reads them."""
-    teacher, records, clusters = loaded.model, None, None
-    own = None if data is None else _pixels(expand(data, "data"), shape, loaded)
+    teacher, row, records, clusters = loaded.model, recipe.row, None, None
+    stats, data, images = (recipe.file(key) for key in ("stats", "data", "images"))
+    own = None if data is None else _pixels(data, shape, loaded)
     if "records" in row.terms or ("bn" in row.terms and not batchnorms(teacher)):
         if stats is not None:
-            records = _read_records(expand(stats, "statistics"), loaded)
+            records = _read_records(stats, loaded)
         elif own is not None:
             records = collect_records(teacher, own)
     if "clusters" in row.terms and own is not None:
         clusters = find_clusters(teacher, own)
-    return Given(records, clusters, None if images is None else _pixels(expand(images, "images"), shape, loaded))
+    return Given(records, clusters, None if images is None else _pixels(images, shape, loaded))
 
 
 def _read_records(path: Path, loaded: Loaded) -> dict[str, Moments]:
@@ -232,55 +245,18 @@ def _pixels(path: Path, shape: tuple[int, int, int], loaded: Loaded) -> Tensor:
     return torch.cat(found).to(next(loaded.model.parameters()).device, torch.float32)
 
 
-class _Student:
-    """A model that will be trained, and the tensor of its checkpoint for each parameter and buffer.
-
-    Raises PlanError, before the training, if some of them would be lost because no tensor holds them.
-    """
-
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded, self.source = loaded, loaded.checkpoint
-        self.subject = make_subject(loaded.model, loaded.checkpoint)
-        self.buffers = _buffer_tensors(self.subject, self.source)
-        statistics = {f"{name}.{x}" for name in batchnorms(loaded.model) for x in ("running_mean", "running_var")}
-        lost = [names[0] for names in self.subject.names.values() if not {*names} & self.subject.tensors.keys()]
-        lost += sorted(statistics - self.buffers.keys())
-        if lost:
-            raise PlanError(
-                f"no tensor of {self.source.path} is known to hold {shorten(lost, 5)} of the student; expected one for "
-                "each, where it goes after the training. Save the model again by transformers, and give that"
-            )
-
-    def write(self, out: Path, preset: str, seed: int) -> list[str]:
-        """Write the student with its new parameters and BatchNorm's new statistics; returns findings."""
-        values, changed = dict(self.loaded.model.named_buffers()), changes_of(self.subject, self.source)
-        for name, tensor in self.buffers.items():
-            changed[tensor] = values[name].detach().cpu().to(getattr(torch, self.source[tensor].dtype))
-        document = json.dumps({"preset": preset, "seed": seed}, indent=2) + "\n"
-        left = save_checkpoint(self.source, out, changed, {"synthesise.json": document.encode()})
-        return [f"{name} is left behind: {why}" for name, why in left.items()]
-
-
-def _buffer_tensors(subject: Subject, source: Checkpoint) -> dict[str, str]:
-    """The tensor of each buffer that the checkpoint holds: beside that of a parameter of the same module."""
-    homes = {name.rpartition(".")[0]: tensor.rpartition(".")[0] for name, tensor in subject.tensors.items()}
-    found = dict[str, str]()
-    for name, _ in subject.module.named_buffers():
-        home, _, last = name.rpartition(".")
-        tensor = f"{homes[home]}.{last}" if home in homes else name
-        if tensor in source:
-            found[name] = tensor
-    return found
-
-
-def _describe(
-    preset: str, made: Synthesis, files: tuple[Path, ...], student: Loaded | None, target: Path | None
-) -> Synthesised:
-    samples = made.samples
-    channels, height, width = samples.images.shape[1:]
-    sureness = float(samples.scores.softmax(-1).amax(-1).mean())
-    agreement = None
+def _describe(preset: str, made: Synthesis, student: ImageStudent | None) -> dict[str, Any]:
+    """The facts about a result, but for its places."""
+    samples, agreement = made.samples, None
     if student is not None:
-        says = scores_in_parts(student.model, samples.images, PART).argmax(-1)
+        says = scores_in_parts(student.loaded.model, samples.images, PART).argmax(-1)
         agreement = float((says == samples.labels).float().mean())
-    return Synthesised(preset, len(samples.images), (channels, height, width), files, sureness, target, agreement)
+    sureness = float(samples.scores.softmax(-1).amax(-1).mean())
+    shape = tuple(samples.images.shape[1:])
+    return {
+        "preset": preset,
+        "count": len(samples.images),
+        "shape": shape,
+        "sureness": sureness,
+        "agreement": agreement,
+    }

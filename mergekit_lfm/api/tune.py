@@ -126,7 +126,7 @@ def tune_planned(
         return Outcome(
             out, known_result(planned), request.digest, True, warn_of(planned.notices), time.monotonic() - started
         )
-    _check_training(planned.training)
+    check_training(planned.training)
     with set_threads(threads):
         tuned, findings = _tune(planned, progress)
     warnings = warn_of([*planned.notices, *findings])
@@ -142,7 +142,7 @@ def known_result(planned: PlannedTuning) -> Tuned:
     return Tuned(**facts)
 
 
-def _check_training(folder: Path) -> None:
+def check_training(folder: Path) -> None:
     """Raise PlanError if the folder for the state holds something else."""
     ours = {STATE, METRICS, ANSWERS}
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.amalgamation import Amalgamation, first_on_scores
 from mergekit_lfm.distill.bank import Bank
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, Reader, build, renew
 from mergekit_lfm.distill.image_terms import COMPARING, TERMS, check_finite, check_terms
 from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.learner import Learner, Learning
-from mergekit_lfm.distill.passes import Moments, Observer, Pass, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.making import Making
+from mergekit_lfm.distill.passes import Moments, Observer, Pass, class_count, frozen, heads_of, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.stack import Stack
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
 
-Outer = Literal["go_on", "fresh", "reptile"]
-OUTERS, LATENTS = ("go_on", "fresh", "reptile"), ("drawn", "learned")
 PROJECTED = 32  # numbers of the head by which CMI compares features
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """How a generator is trained. rounds: each of `generator_steps` of it, and then `student_steps` of the student.
-
-    outer: the generator of the next round is this one's ("go_on"), a new one ("fresh"), or the one before moved by
-    `outer_rate` towards this one ("reptile"). latents: drawn for each step, or drawn once a round and trained with the
-    generator ("learned"); the student then learns from a bank of at most `bank` images. conditional: the generator is
-    given classes. exponential: terms that count as exp(value - its value before), so that a rise counts most. Source
-    of that: Han et al. 2020, arXiv 2011.03749; of Reptile here: Fang et al. 2022, arXiv 2112.06253.
-    """
-
-    rounds: int = 400
-    generator_steps: int = 1
-    student_steps: int = 3
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    outer: Outer = "go_on"
-    outer_rate: float = 0.5
-    latents: Literal["drawn", "learned"] = "drawn"
-    conditional: bool = False
-    exponential: tuple[str, ...] = ()
-    bank: int = 2048
-
-    def __post_init__(self) -> None:
-        """Raise PlanError for settings out of range, with all of them."""
-        least = (("rounds", 1), ("generator_steps", 1), ("student_steps", 0), ("batch_size", 2), ("bank", 2))
-        problems = [f"{n} is {getattr(self, n)}; expected at least {m}" for n, m in least if getattr(self, n) < m]
-        if not 0 < self.learning_rate < math.inf:
-            problems.append(f"learning_rate is {self.learning_rate}; expected a number above 0")
-        if not 0 < self.outer_rate <= 1:
-            problems.append(f"outer_rate is {self.outer_rate}; expected a share above 0, up to 1")
-        if self.outer not in OUTERS:
-            problems.append(f"outer is {self.outer!r}; expected {', '.join(OUTERS)}")
-        if self.latents not in LATENTS:
-            problems.append(f"latents is {self.latents!r}; expected {' or '.join(LATENTS)}")
-        if problems:
-            raise PlanError("; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -77,7 +39,7 @@ class Generated:
 def generate(
     teacher: nn.Module,
     student: nn.Module,
-    generator: Generator,
+    generator: Generator | Stack,
     terms: Mapping[str, float],
     *,
     options: Generation | None = None,
@@ -86,12 +48,14 @@ def generate(
     proxy: Tensor | None = None,
     seed: int = 0,
     tell: Tell | None = None,
+    making: Making | None = None,
 ) -> Generated:
     """Train a generator so that the weighted sum of terms is small on its images, and a student on these, in turn.
 
     Both are trained in place; the teacher runs in evaluation mode and stays as it is. proxy: images of another kind,
-    for the term of that name. One seed gives the same student, on the same machine with as many threads. Raises
-    PlanError for unknown terms, terms without their facts, and losses that are not finite.
+    for the term of that name. making: what the rounds are part of, else they are all. One seed gives the same student,
+    on the same machine with as many threads. Raises PlanError for unknown terms, terms without their facts, and losses
+    that are not finite.
     """
     options, learning = options or Generation(), learning or Learning()
     check_terms(terms)
@@ -102,17 +66,20 @@ def generate(
             f"found learned latents with the memory {learning.memory!r}; expected none, as the student learns from a "
             "bank of all images. Leave it out"
         )
-    work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed)
-    record = list[Mapping[str, float]]()
+    making = making or Making()
+    work = _Work(teacher, student, generator, terms, options, learning, records, proxy, seed, making)
     with frozen([teacher]):
         for number in range(options.rounds):
+            if making.is_done():
+                work.learner.done += work.steps_of(number)
+                continue
             line = work.round(number)
-            record.append(line)
+            making.add(line, **work.memory())
             if tell is not None:
                 tell(number + 1, options.rounds, line)
         student.eval()
         images = work.bank.images if options.latents == "learned" else work.images("last", 0)
-    return Generated(Samples(images, scores_in_parts(teacher, images, options.batch_size)), tuple(record))
+    return Generated(Samples(images, scores_in_parts(teacher, images, options.batch_size)), tuple(making.record))
 
 
 class _Work:
@@ -122,20 +89,21 @@ class _Work:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        generator: Generator,
+        generator: Generator | Stack,
         terms: Mapping[str, float],
         options: Generation,
         learning: Learning,
         records: Mapping[str, Moments] | None,
         proxy: Tensor | None,
         seed: int,
+        making: Making,
     ) -> None:
         self.teacher, self.student, self.generator = teacher, student, generator
-        self.terms, self.options, self.proxy, self.seed = terms, options, proxy, seed
+        self.terms, self.options, self.proxy, self.seed, self.making = terms, options, proxy, seed, making
         self.device = next(teacher.parameters()).device
-        head = last_linear(teacher)
-        self.classes = head.out_features
-        pixels, steps = (generator.low, generator.high), options.rounds * options.student_steps
+        width = sum(head.in_features for head in heads_of(teacher))
+        self.classes = class_count(teacher)
+        pixels, steps = (generator.low, generator.high), sum(map(self.steps_of, range(options.rounds)))
         self.learner = Learner(student, self.classes, learning, steps, seed, pixels)
         self.observer = Observer(teacher, frozenset(terms), student if set(COMPARING) & terms.keys() else None, records)
         self.features = Observer(teacher, frozenset(["contrast"]))  # of images, and nothing else
@@ -148,10 +116,29 @@ class _Work:
             for name, outputs in readers.items()
             if name in terms
         }
-        self.head = build(lambda: nn.Linear(head.in_features, PROJECTED), seed_of(seed, "head")).to(self.device)
+        self.head = build(lambda: nn.Linear(width, PROJECTED), seed_of(seed, "head")).to(self.device)
         self.optimizer = self._optimizer([])
+        self.amalgamation = None
+        if isinstance(generator, Stack):
+            self.amalgamation = Amalgamation(self.observer, student, generator, terms, options, seed, making)
         critics = [x for name, reader in self.readers.items() if name == "proxy" for x in reader.parameters()]
         self.critic = torch.optim.Adam(critics, lr=options.learning_rate) if critics else None
+        self._join()
+
+    def _join(self) -> None:
+        """Be kept in the state of the making, and take what it remembers of earlier rounds."""
+        self.learner.join(self.making)
+        for name, module in {"generator": self.generator, "head": self.head, **self.readers}.items():
+            self.making.hold(name, module, *([self.critic] if name == "proxy" and self.critic else []))
+        memory = {name: x.to(self.device) for name, x in self.making.memory.items()}
+        if "images" in memory:
+            self.bank.add(memory.pop("images"), memory.pop("scores"))
+        self.before = memory
+
+    def memory(self) -> dict[str, Tensor]:
+        """The tensors that later rounds need besides the networks: the bank, and the values of terms."""
+        banked = {"images": self.bank.images, "scores": self.bank.scores} if len(self.bank) else {}
+        return {**banked, **self.before}
 
     def _optimizer(self, latents: list[Tensor]) -> torch.optim.Optimizer:
         """Adam of all that is trained to make images."""
@@ -159,7 +146,10 @@ class _Work:
         head = [*self.head.parameters()] if "contrast" in self.terms else []
         groups: list[dict[str, Any]] = [{"params": [*self.generator.parameters(), *decoder, *head]}]
         groups += [{"params": latents, "lr": 5 * self.options.learning_rate}] if latents else []
-        return torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
+        optimizer = torch.optim.Adam(groups, lr=self.options.learning_rate, betas=(0.5, 0.999))
+        self.making.forget(*(x for group in groups for x in group["params"]))
+        self.making.share(optimizer)
+        return optimizer
 
     def draw(self, *facts: object) -> tuple[Tensor, Tensor]:
         """Latent numbers, with those for classes if the generator has some; and the classes."""
@@ -177,8 +167,30 @@ class _Work:
             made: Tensor = self.generator(self.draw(*facts)[0])
         return made
 
+    def steps_of(self, number: int) -> int:
+        """The student's steps in a round."""
+        stacked = isinstance(self.generator, Stack)
+        return self.options.student_steps if not stacked or number >= first_on_scores(self.options.rounds) else 0
+
     def round(self, number: int) -> dict[str, float]:
         """A round; its line of the record."""
+        line = self._make(number) if self.amalgamation is None else self._amalgamate(self.amalgamation, number)
+        losses = [self._student_step(number, step) for step in range(self.steps_of(number))]
+        return line | ({"student": sum(losses) / max(1, len(losses))} if losses or self.amalgamation is None else {})
+
+    def _amalgamate(self, amalgamation: Amalgamation, number: int) -> dict[str, float]:
+        """The steps of an amalgamation before the student learns from scores; the terms of the last one."""
+        self.generator.train()
+        first = first_on_scores(self.options.rounds)
+        if number == first:
+            amalgamation.end()
+        if number >= first:
+            return {}
+        steps = range(self.options.generator_steps)
+        return amalgamation.round(number, (self.draw("step", number, step)[0] for step in steps))
+
+    def _make(self, number: int) -> dict[str, float]:
+        """The generator's steps of a round; the terms of the last one."""
         learned, start = self.options.latents == "learned", dict[str, Tensor]()
         latents, classes = self.draw("round", number)
         if self.options.outer == "fresh":
@@ -197,10 +209,10 @@ class _Work:
             with torch.no_grad():
                 made = self.generator(latents)
             self.bank.add(made, scores_in_parts(self.teacher, made, len(made)))
+            self.making.forget(latents)
         if start:
             move_towards(start, self.generator, self.options.outer_rate)
-        losses = [self._student_step(number, step) for step in range(self.options.student_steps)]
-        return line | {"student": sum(losses) / max(1, len(losses))}
+        return line
 
     def _generator_step(self, latents: Tensor, classes: Tensor, turn: tuple[int, int]) -> dict[str, float]:
         images = self.generator(latents)

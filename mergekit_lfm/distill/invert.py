@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mergekit_lfm.distill.image_terms import COMPARING, check_finite, check_terms, weigh
 from mergekit_lfm.distill.impressions import draw_classes, draw_impressions
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import Clusters
-from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, frozen, last_linear, scores_in_parts
+from mergekit_lfm.distill.passes import GRADIENTS, Moments, Observer, class_count, frozen, heads_of, scores_in_parts
 from mergekit_lfm.distill.samples import Samples
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.train.examples import seed_of
@@ -95,12 +96,13 @@ def invert(
     facts: Facts = NOTHING,
     seed: int = 0,
     tell: Tell | None = None,
+    making: Making | None = None,
 ) -> Samples:
     """Images [count, *shape] that make the weighted sum of terms small, and the teacher's scores of them.
 
-    Batches are made one after the other; one seed gives the same images. The teacher runs in evaluation mode and stays
-    as it is. Raises PlanError for unknown terms, for terms without their facts, for facts of another number of images,
-    and for a loss that is not finite.
+    Batches are made one after the other; one seed gives the same images. making: what the steps are part of, else they
+    are all. The teacher runs in evaluation mode and stays as it is. Raises PlanError for unknown terms, for terms
+    without their facts, for facts of another number of images, and for a loss that is not finite.
     """
     options = options or Inversion()
     check_terms(terms)
@@ -112,13 +114,13 @@ def invert(
         facts.records,
         facts.gradient if set(GRADIENTS) & terms.keys() else None,
     )
-    made, size = list[Tensor](), min(options.batch_size, count)
+    made, size, making = list[Tensor](), min(options.batch_size, count), making or Making()
     with frozen([teacher], trained=observer.gradient is not None), frozen([facts.student]):
         for start in range(0, count, size):
             own = seed_of(seed, "batch", start)
             targets = None if facts.targets is None else facts.targets[start : start + size]
             form, batch = (min(size, count - start), *shape), replace(facts, targets=targets)
-            made.append(_invert_batch(observer, terms, form, options, batch, own, tell))
+            made.append(_invert_batch(observer, terms, form, options, batch, own, tell, making))
     images = torch.cat(made)
     return Samples(images, scores_in_parts(teacher, images, size))
 
@@ -142,14 +144,19 @@ def _invert_batch(
     facts: Facts,
     seed: int,
     tell: Tell | None,
+    making: Making,
 ) -> Tensor:
     """The images of one batch."""
     device = next(observer.teacher.parameters()).device
-    generator = torch.Generator().manual_seed(seed_of(seed, "steps"))
     known = {name: x.to(device) for name, x in _targets(observer, terms, shape[0], options, facts, seed).items()}
     images = options.random(shape, seed_of(seed, "start")).to(device).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=options.learning_rate, betas=(0.5, 0.9))
+    making.share(optimizer)
+    making.hold_images(f"images/{seed}", images)
     for step in range(options.steps):
+        if making.is_done():
+            continue
+        generator = torch.Generator().manual_seed(seed_of(seed, "step", step))
         share = (1 + math.cos(math.pi * step / options.steps)) / 2
         optimizer.param_groups[0]["lr"] = options.learning_rate * share
         total, values = weigh(
@@ -163,8 +170,12 @@ def _invert_batch(
                 eps = options.noise * 10 ** (-4 * step / options.steps)
                 images += (2 * eps) ** 0.5 * torch.randn(shape, generator=generator).to(device)
             images.clamp_(options.low, options.high)
+        line = {name: float(value.detach()) for name, value in values.items()}
+        if step == options.steps - 1:
+            making.forget(images)
+        making.add(line)
         if tell is not None:
-            tell(step + 1, options.steps, {name: float(value.detach()) for name, value in values.items()})
+            tell(step + 1, options.steps, line)
     return images.detach()
 
 
@@ -180,9 +191,11 @@ def _targets(
     if facts.targets is not None:
         return known | {"targets": facts.targets}
     if options.targets == "impressions":
-        return known | {"targets": draw_impressions(last_linear(observer.teacher).weight, count, seed)}
+        weights = [head.weight for head in heads_of(observer.teacher)]
+        weight = torch.block_diag(*weights)  # type: ignore[no-untyped-call]  # no class is like another teacher's
+        return known | {"targets": draw_impressions(weight, count, seed)}
     if {"one_hot", "boundary"} & terms.keys():
-        known["targets"] = draw_classes(count, last_linear(observer.teacher).out_features, seed)
+        known["targets"] = draw_classes(count, class_count(observer.teacher), seed)
     return known
 
 

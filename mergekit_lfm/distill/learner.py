@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mergekit_lfm.distill.divergences import DIVERGENCES, kd_divergence
 from mergekit_lfm.distill.image_terms import check_finite
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import logits, run
 from mergekit_lfm.train.examples import seed_of
@@ -103,6 +104,12 @@ class Learner:
         extra = [] if self.matrix is None else [*self.matrix.parameters()]
         self.optimizer = torch.optim.Adam([*trained, *extra], lr=options.learning_rate)
 
+    def join(self, making: Making) -> None:
+        """Be kept in the state of a making."""
+        making.hold("student", self.student, self.optimizer)
+        if self.matrix is not None:
+            making.hold("labels", self.matrix)
+
     def step(self, new: Scored, remembered: Scored | None = None) -> float:
         """One step on new images, with remembered ones if there are some; the loss."""
         self.student.train()
@@ -168,16 +175,19 @@ class Learner:
         return (images + change.detach()).clamp(*self.pixels)
 
 
-def learn(learner: Learner, samples: Scored, steps: int) -> list[float]:
-    """Steps of a student on samples, in an order of its own for each time round; the losses."""
+def learn(learner: Learner, samples: Scored, steps: int, making: Making | None = None) -> None:
+    """Steps of a student on samples, in an order of its own for each time round. making: counts them."""
     images, scores = samples
-    size, losses, order = min(learner.options.batch_size, len(images)), list[float](), torch.empty(0, dtype=torch.long)
+    making, size = making or Making(), min(learner.options.batch_size, len(images))
+    order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < size:
             order = torch.cat([order, _order(len(images), learner.seed, learner.done)])
         chosen, order = order[:size].to(images.device), order[size:]
-        losses.append(learner.step((images[chosen], scores[chosen])))
-    return losses
+        if making.is_done():
+            learner.done += 1
+        else:
+            making.add({"student": learner.step((images[chosen], scores[chosen]))})
 
 
 def _order(count: int, seed: int, turn: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.distill.amalgam import teachers_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.runtime.hooks import hook_modules
@@ -31,12 +32,12 @@ class Moments(NamedTuple):
 class Pass:
     """A batch of images, and what terms read of it. All of it has gradients in the images.
 
-    scores: the teacher's [n, classes]; features: the inputs of its last linear layer [n, d]. norms: for each BatchNorm
-    the moments of its inputs, and those it stores; moments: the same of recorded layers. targets: classes [n] or
-    probabilities [n, classes]; None for the teacher's own classes. student: its scores. latents: the generator's
-    inputs [n, latent], and decoded: a decoder's answer. aims: wanted features. judged: a critic's scores [n]. views:
-    features, as a head projects them, of the images, of changed copies, and of others. gradients: that of the
-    teacher's loss, and the wanted one, flat. groups: copies of one batch, one after the other.
+    scores: the teacher's [n, classes]; features: the inputs of its last linear layer [n, d], of several teachers side
+    by side. norms: for each BatchNorm the moments of its inputs, and those it stores; moments: the same of recorded
+    layers. targets: classes [n] or probabilities [n, classes]; None for the teacher's own classes. student: its scores.
+    latents: the generator's inputs [n, latent], and decoded: a decoder's answer. aims: wanted features. judged: a
+    critic's scores [n]. views: features, as a head projects them, of the images, of changed copies, and of others.
+    gradients: that of the teacher's loss, and the wanted one, flat. groups: copies of one batch, one after the other.
     """
 
     images: Tensor
@@ -80,7 +81,7 @@ class Observer:
         """The pass of a batch. facts: what else `Pass` has."""
         norms = [*batchnorms(self.teacher).values()] if "bn" in self.terms else []
         layers = self._recorded() if "records" in self.terms else {}
-        last = [last_linear(self.teacher)] if self.terms.intersection(FEATURES) else []
+        last = heads_of(self.teacher) if self.terms.intersection(FEATURES) else []
         heard = dict[nn.Module, Tensor]()
         with hook_modules({each: partial(_keep, heard, each) for each in (*norms, *layers, *last)}, inputs=True):
             scores = logits(run(self.teacher, (images,)))
@@ -92,7 +93,7 @@ class Observer:
             pairs = [(moments_of(heard[each], axis=axis_of(each)), wanted) for each, wanted in layers.items()]
             seen = replace(seen, moments=tuple(pairs))
         if last:
-            seen = replace(seen, features=heard[last[0]].flatten(1))
+            seen = replace(seen, features=torch.cat([heard[each].flatten(1) for each in last], 1))
         if self.student is not None:
             seen = replace(seen, student=logits(run(self.student, (images,))))
         if self.gradient is not None:
@@ -150,6 +151,16 @@ def last_linear(model: nn.Module) -> nn.Linear:
     if not layers:
         raise PlanError(f"{type(model).__name__} has no linear layer; expected a classifier with a linear head")
     return layers[-1]
+
+
+def heads_of(model: nn.Module) -> list[nn.Linear]:
+    """The heads of all teachers in a model, or its own."""
+    return [last_linear(each) for each in teachers_of(model)]
+
+
+def class_count(model: nn.Module) -> int:
+    """How many classes a model scores."""
+    return sum(head.out_features for head in heads_of(model))
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.extras import import_extra
+from mergekit_lfm.recipe.synthesise_recipe import DRAWN
 from mergekit_lfm.store.durable import replace_file
 
 GRID, GAP, LEAST = 100, 1, 32  # images of a grid at most, pixels between them, and their least width when enlarged
 WIDEST = 20  # columns of a grid
 NO_IMAGE = -1  # an empty place of a grid
-DRAWN = (1, 3)  # channels of images that a picture can show
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ def save_samples(place: Path, samples: Samples, *, grid: bool = True) -> list[Pa
     """
     if place.suffix != ".npz":
         raise PlanError(f"{place}: found the suffix {place.suffix or '(none)'}; expected .npz, arrays of numpy")
-    buffer = io.BytesIO()
-    np.savez(buffer, pixel_values=samples.images.float().cpu().numpy(), labels=samples.labels.cpu().numpy())
-    replace_file(place, buffer.getvalue())
+    replace_file(place, encode_samples(samples))
     if not grid or samples.images.shape[1] not in DRAWN:
         return [place]
     replace_file(place.with_suffix(".png"), draw_grid(samples))
     return [place, place.with_suffix(".png")]
+
+
+def encode_samples(samples: Samples) -> bytes:
+    """The content of an .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, pixel_values=samples.images.float().cpu().numpy(), labels=samples.labels.cpu().numpy())
+    return buffer.getvalue()
 
 
 def draw_grid(samples: Samples) -> bytes:

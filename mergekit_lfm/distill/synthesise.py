@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,17 +12,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.generate import Generation, generate
+from mergekit_lfm.distill.amalgam import Amalgam
+from mergekit_lfm.distill.amalgamation import shared_sizes
+from mergekit_lfm.distill.generate import generate
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, build
 from mergekit_lfm.distill.image_terms import COMPARING
 from mergekit_lfm.distill.invert import Facts, Inversion, invert
 from mergekit_lfm.distill.learner import Learner, Learning, learn
+from mergekit_lfm.distill.making import Making
 from mergekit_lfm.distill.metadata import Clusters, with_records
-from mergekit_lfm.distill.passes import Moments, last_linear
-from mergekit_lfm.distill.presets import DESCRIBED, Family, Preset, find_preset
+from mergekit_lfm.distill.passes import Moments, class_count
 from mergekit_lfm.distill.samples import Samples
+from mergekit_lfm.distill.stack import Stack
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.recipe.synthesise_presets import Family, Preset, check_needs, find_preset
 from mergekit_lfm.runtime.batchnorm import batchnorms
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import Tell
@@ -57,7 +63,7 @@ class Synthesis:
 
 
 def synthesise(
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     student: nn.Module | None,
     preset: str | Preset,
     shape: tuple[int, int, int],
@@ -72,38 +78,49 @@ def synthesise(
     inversion: Options = NO_OPTIONS,
     generation: Options = NO_OPTIONS,
     learning: Options = NO_OPTIONS,
+    making: Making | None = None,
 ) -> Synthesis:
     """Make images for a teacher by a preset, and train a student on them, in place.
 
-    shape: of an image, channels, height and width; low, high: the range of its pixels. count: images that are made or
-    chosen, by default 256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds
-    instead. Without a student, presets that need none only make images. inversion, generation, learning: settings of
-    `Inversion`, `Generation` and `Learning` in place of the preset's. A teacher without BatchNorm needs records, which
-    take its place. Raises PlanError with all that a preset needs and is not given, and for arguments and settings that
-    it does not read.
+    teacher: one, or several of other classes each; the student has all these in their order. shape: of an image,
+    channels, height and width; low, high: the range of its pixels. count: images that are made or chosen, by default
+    256; student_steps: on these, by default 1,200. A generator makes new ones for each of its rounds instead. Without a
+    student, presets that need none only make images. inversion, generation, learning: settings of `Inversion`,
+    `Generation` and `Learning` in place of the preset's. making: keeps a state, from which a killed run goes on. A
+    teacher without BatchNorm needs records, which take its place. Raises PlanError with all that a preset needs and is
+    not given, and for arguments and settings that it does not read.
     """
     row = find_preset(preset) if isinstance(preset, str) else preset
+    teacher = teacher if isinstance(teacher, nn.Module) else Amalgam(teacher)
     given = given or Given()
     _refuse_unread(row, student, count, student_steps, inversion, generation, learning)
     row = _fit(row, teacher, student, given)
     how = _settle(Inversion, {"low": low, "high": high, **row.inversion, **inversion})
     study = _settle(Learning, {**row.learning, **learning})
-    making = _settle(Generation, {**row.generation, **generation})
+    rounds = _settle(Generation, {**row.generation, **generation})
+    making = making or Making()
     if row.family == "generator":
         assert student is not None
-        return _by_generator(teacher, student, row, shape, given, (low, high), making, study, seed, tell)
+        with making.running():
+            return _by_generator(teacher, student, row, shape, given, (low, high), rounds, study, seed, tell, making)
     if study.memory != "none":
         raise PlanError(f"found the memory {study.memory!r}; {row.name} has all its images at hand. Leave it out")
     count, steps = count or COUNT, student_steps or STUDENT_STEPS
-    classes, learner = last_linear(teacher).out_features, None
+    classes, learner = class_count(teacher), None
     if student is not None:
         learner = Learner(student, classes, study, steps, seed, (how.low, how.high))
-    if row.family == "wild":
-        assert given.images is not None
-        chosen = choose_wild(teacher, given.images, count)
-        losses = [] if learner is None else learn(learner, (chosen.images, chosen.scores), steps)
-        return Synthesis(chosen, (), tuple(losses))
-    return _by_gradients(teacher, learner, row, shape, given, how, count, steps, seed, tell)
+        learner.join(making)
+    with making.running():
+        if row.family == "pixels":
+            samples = _by_gradients(teacher, learner, row, shape, given, how, count, steps, seed, tell, making)
+        else:
+            assert given.images is not None
+            samples = choose_wild(teacher, given.images, count)
+            if learner is not None:
+                learn(learner, (samples.images, samples.scores), steps, making)
+    losses = tuple(line["student"] for line in making.record if "student" in line)
+    lines = [line for line in making.record if "student" not in line]
+    return Synthesis(samples, tuple(lines[how.steps - 1 :: how.steps]), losses)
 
 
 def _by_gradients(
@@ -117,24 +134,24 @@ def _by_gradients(
     steps: int,
     seed: int,
     tell: Tell | None,
-) -> Synthesis:
+    making: Making,
+) -> Samples:
     """Images made in rounds; after each one the student learns from all so far."""
     if count < 2 * row.rounds:
         raise PlanError(
             f"count is {count}; expected at least {2 * row.rounds}, as {row.name} makes images in {row.rounds} rounds"
         )
-    samples, losses, lines = None, list[float](), list[Mapping[str, float]]()
+    samples = None
     for number, (size, part) in enumerate(zip(_shares(count, row.rounds), _shares(steps, row.rounds), strict=True)):
         student = learner.student if learner is not None and number else None  # it knows nothing before the first
         terms = {name: x for name, x in row.terms.items() if number or name not in COMPARING}
         facts, own = Facts(student, given.records, given.clusters), seed_of(seed, "round", number)
-        hear = _keep_last(lines, tell)
-        new = invert(teacher, terms, shape, size, options=options, facts=facts, seed=own, tell=hear)
+        new = invert(teacher, terms, shape, size, options=options, facts=facts, seed=own, tell=tell, making=making)
         samples = new if samples is None else _join(samples, new)
         if learner is not None:
-            losses += learn(learner, (samples.images, samples.scores), part)
+            learn(learner, (samples.images, samples.scores), part, making)
     assert samples is not None
-    return Synthesis(samples, tuple(lines), tuple(losses))
+    return samples
 
 
 def _shares(whole: int, parts: int) -> list[int]:
@@ -181,11 +198,7 @@ def _fit(row: Preset, teacher: nn.Module, student: nn.Module | None, given: Give
         "proxy": given.images is not None,
         "wild": given.images is not None,
     }
-    lacking = [DESCRIBED[name] for name in row.needs if not present[name]]
-    if student is None and (row.family != "pixels" or row.rounds > 1):
-        lacking.append("a student, which takes part in making the images")
-    if lacking:
-        raise PlanError(f"{row.name} needs {'; and '.join(lacking)}. Give it, or choose another preset")
+    check_needs(row, present, student=student is not None)
     return row
 
 
@@ -209,11 +222,16 @@ def _by_generator(
     learning: Learning,
     seed: int,
     tell: Tell | None,
+    making: Making,
 ) -> Synthesis:
-    classes = last_linear(teacher).out_features if generation.conditional else 0
-    generator = build(
-        lambda: Generator(shape, classes=classes, low=pixels[0], high=pixels[1]), seed_of(seed, "generator")
-    ).to(next(teacher.parameters()).device)
+    how: dict[str, Any] = {"low": pixels[0], "high": pixels[1]}
+    own, device = seed_of(seed, "generator"), next(teacher.parameters()).device
+    classes = class_count(teacher) if generation.conditional else 0
+    generator: Generator | Stack
+    if generation.stacked:
+        generator = build(partial(Stack, shape, shared_sizes(teacher, student, shape), **how), own).to(device)
+    else:
+        generator = build(partial(Generator, shape, classes=classes, **how), own).to(device)
     made = generate(
         teacher,
         student,
@@ -225,20 +243,9 @@ def _by_generator(
         proxy=given.images,
         seed=seed,
         tell=tell,
+        making=making,
     )
-    return Synthesis(made.samples, made.record, tuple(line["student"] for line in made.record))
-
-
-def _keep_last(lines: list[Mapping[str, float]], tell: Tell | None) -> Tell:
-    """Hears the steps of an inversion, and keeps the terms at the end of each batch."""
-
-    def hear(done: int, count: int, values: Mapping[str, Any]) -> None:
-        if done == count:
-            lines.append(values)
-        if tell is not None:
-            tell(done, count, values)
-
-    return hear
+    return Synthesis(made.samples, made.record, tuple(line["student"] for line in made.record if "student" in line))
 
 
 def _join(first: Samples, second: Samples) -> Samples:

@@ -5,15 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.request import Request
+from mergekit_lfm.store.files import read_json
 from mergekit_lfm.store.places import beside, check_file
+
+IMAGES, PICTURE = ".npz", ".png"  # ends of the names of images, and of the picture that shows some of them
 
 
 def lock_beside(out: Path) -> Path:
     """The lock of a file that has no room for one in it: OUT.lock.json."""
     return beside(out, ".lock.json")
+
+
+def files_beside(out: Path) -> list[Path]:
+    """The files that come with a file: its lock, and the picture of images."""
+    return [lock_beside(out), *([out.with_suffix(PICTURE)] if out.suffix == IMAGES else [])]
+
+
+def read_lock_beside(out: Path, job: str) -> dict[str, Any]:
+    """The lock beside a file. Raises FormatError for one of another job, OSError without one."""
+    place = lock_beside(out)
+    lock = read_json(place)
+    if not (isinstance(lock, dict) and lock.get("job") == job and {"request", "content", "result"} <= lock.keys()):
+        raise FormatError(f"{place} is not the lock of a file of `{job}`; expected one that `{job}` wrote")
+    return lock
+
+
+def check_lock_beside(out: Path, job: str) -> None:
+    """Raise PlanError if another file is in the place of the lock."""
+    try:
+        read_lock_beside(out, job)
+    except FileNotFoundError:
+        return
+    except (FormatError, OSError):
+        raise PlanError(f"{lock_beside(out)} is in the way of the lock of {out.name}; move it away") from None
 
 
 @dataclass(frozen=True)

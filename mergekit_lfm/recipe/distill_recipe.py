@@ -34,10 +34,21 @@ class TeacherEntry(Strict):
     classes: tuple[int, int] | None = None
 
 
-def _as_teachers(value: object) -> object:
-    """One teacher or several, each a model or {model, weight, classes}."""
+def as_teachers(value: object) -> object:
+    """One teacher or several, each a model or a mapping with `model`."""
     entries = list(value) if isinstance(value, list | tuple) else [value]
-    return tuple(each if isinstance(each, Mapping | TeacherEntry) else {"model": each} for each in entries)
+    return tuple(each if isinstance(each, Mapping | Strict) else {"model": each} for each in entries)
+
+
+def check_ranges(ranges: Iterable[tuple[int, int]]) -> Iterator[Problem]:
+    """The problem of classes, first and last of each teacher, that are not all from 0 on, each once."""
+    ordered = sorted(ranges)
+    ends = [-1, *(last for _, last in ordered)]
+    if any(first != end + 1 or last < first for (first, last), end in zip(ordered, ends, strict=False)):
+        found = ", ".join(f"{first} to {last}" for first, last in ordered)
+        yield problem_at(
+            "teachers", FOUND, found=found, expected="classes from 0 on without a gap, each with one teacher"
+        )
 
 
 def _as_layers(value: object) -> object:
@@ -61,7 +72,7 @@ class DistillRecipe(TrainingRecipe):
     VERB: ClassVar[str] = "distilling"
 
     job: Literal["distill"]
-    teachers: Annotated[tuple[TeacherEntry, ...], BeforeValidator(_as_teachers), Field(min_length=1)]
+    teachers: Annotated[tuple[TeacherEntry, ...], BeforeValidator(as_teachers), Field(min_length=1)]
     temperature: float = Field(default=2.0, ge=0.01, le=1000)
     divergence: KdDivergence = "forward"
     top_k: int | None = Field(default=None, strict=True, ge=1)
@@ -122,12 +133,7 @@ class DistillRecipe(TrainingRecipe):
             expected = "`classes` of every teacher or of none, for classification alone"
             yield problem_at("teachers", FOUND, found="classes", expected=expected)
             return
-        ordered = sorted(each for each in ranges if each is not None)
-        ends = [-1, *(last for _, last in ordered)]
-        if any(first != end + 1 or last < first for (first, last), end in zip(ordered, ends, strict=False)):
-            found = ", ".join(f"{first} to {last}" for first, last in ordered)
-            expected = "classes from 0 on without a gap, each with one teacher"
-            yield problem_at("teachers", FOUND, found=found, expected=expected)
+        yield from check_ranges(each for each in ranges if each is not None)
         if not self.terms.keys() & {*ALIGNED}:
             expected = f"none without {' or '.join(ALIGNED)} in the loss"
             yield problem_at("teachers", FOUND, found="classes", expected=expected)

@@ -28,8 +28,10 @@ MODEL_KEYS = (
     "tokenizer_source",
     "to",
     "teachers",
+    "student",
 )
-FILE_KEYS = ("stats", "edits", "data", "dev")
+FILE_KEYS = ("stats", "edits", "data", "dev", "images")
+BESIDES = ("student_out",)  # keys that name a result besides the stage's own, in the same folder
 LISTS = ("adapters", "earlier")  # parameters of tunings: names with commas
 NAMED = ("experts",)  # keys of mappings from models to files
 LONGEST_NAME = 200  # bytes: file systems allow 255, and OUT.partial and its lock take some of them
@@ -43,15 +45,22 @@ UNFINISHED = ".partial"  # how the folder of a result ends until it is complete
 class Stage:
     """One document of a recipe: its name, its data without that, the stages whose results it takes, and its label.
 
-    document: its index among the documents of `text`, the whole recipe; None if that was given as data.
+    takes: these results by their names, which are those of stages or of what they make besides. document: its index
+    among the documents of `text`, the whole recipe; None if that was given as data.
     """
 
     name: str
     data: Mapping[str, Any]
     needs: tuple[str, ...]
+    takes: tuple[str, ...]
     label: str
     document: int
     text: str | None
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """The names of what it makes besides its own result."""
+        return _besides(self.data)
 
 
 def find_stages(documents: Sequence[object], label: str, text: str | None = None) -> tuple[Stage, ...]:
@@ -68,7 +77,10 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
     names = [str(data.get("name") or "") for data in datas]
     named = {name: _without_name(data) for name, data in zip(names, datas, strict=True)}
     last = "" if "" in named else names[-1]
-    needs = {name: tuple(dict.fromkeys(_find_names(data, named.keys() - {name}))) for name, data in named.items()}
+    makers = {name: name for name in named} | _find_besides({k: x for k, x in named.items() if k != last}, label)
+    others = {name: {each for each, maker in makers.items() if maker != name} for name in named}
+    takes = {name: tuple(dict.fromkeys(_find_names(data, others[name]))) for name, data in named.items()}
+    needs = {name: tuple(dict.fromkeys(makers[each] for each in taken)) for name, taken in takes.items()}
     _refuse_used(last, needs, named, label)
     try:
         order = [name for name in TopologicalSorter(needs).static_order() if name != last]
@@ -79,6 +91,7 @@ def find_stages(documents: Sequence[object], label: str, text: str | None = None
             name,
             named[name],
             needs[name],
+            takes[name],
             f"{label}, stage {name}" if name else f"{label}, the last stage",
             split[names.index(name)][1],
             text,
@@ -112,6 +125,26 @@ def _check(documents: Sequence[object], label: str, numbers: Sequence[int]) -> N
         problems.append(f"documents {found} have no `name`, expected one for all but the one that makes the output")
     if problems:
         raise PlanError(f"{label}: {several('stages', problems)}")
+
+
+def _besides(data: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(data[key]) for key in BESIDES if data.get(key) is not None)
+
+
+def _find_besides(named: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, str]:
+    """The stage of each result besides the stages' own. Raises PlanError for names that no folder can have."""
+    found, problems = dict[str, str](), list[str]()
+    for stage, data in named.items():
+        for name in _besides(data):
+            if not _is_folder_name(name):
+                words = FOUND.format(found=f"{name!r:.80}", expected=FOLDER_NAME)
+                problems.append(f"stage {stage}: {BESIDES[0]}: {words}")
+            elif name in named or name in found:
+                problems.append(f"stage {stage}: {BESIDES[0]}: {name} names another result; choose another")
+            found[name] = stage
+    if problems:
+        raise PlanError(f"{label}: {several('stages', problems)}")
+    return found
 
 
 def _is_folder_name(name: str) -> bool:

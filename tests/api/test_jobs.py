@@ -16,6 +16,7 @@ from helpers_faults import Forks, snapshot
 from helpers_tune import save_tiny, write_data
 from models import files_of, save_checkpoint
 from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from mergekit_lfm import (
     PlanError,
@@ -324,6 +325,9 @@ def test_an_unknown_job_is_refused(name: object) -> None:
         run_recipe({"job": name, "model": "one"}, "out")
 
 
+SUFFIXES = {"generate": ".jsonl", "synthesise": ".npz"}  # of outputs that must have one
+
+
 def job_plan(name: str) -> PlannedJob:
     documents: dict[str, dict[str, Any]] = {
         "distill": {"job": "distill", "model": "encoder", "teachers": "encoder", "data": "pairs.jsonl"},
@@ -335,6 +339,7 @@ def job_plan(name: str) -> PlannedJob:
         "stats": {"job": "stats", "kind": "gram", "model": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "eval": {"job": "eval", "models": "encoder", "data": "pairs.jsonl", "task": "embedding"},
         "student": {"job": "student", "model": "encoder", "layers": [1], "mlp": 0.5},
+        "synthesise": {"job": "synthesise", "teachers": "images", "size": 8, "count": 4, "rounds": 1},
         "tune": {"job": "tune", "model": "encoder", "data": "pairs.jsonl", "task": "embedding", "steps": 2},
     }
     if name in ("distill", "head", "meta", "student", "tune", "stats", "eval"):
@@ -344,10 +349,14 @@ def job_plan(name: str) -> PlannedJob:
         write_data("encoder", Path("pairs.jsonl"))
     if name == "generate":
         save_tiny("llama", Path("llama"))
+    if name == "synthesise":
+        sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "num_labels": 3}
+        config = ResNetConfig(**sizes, num_channels=1, layer_type="basic")
+        ResNetForImageClassification(config).save_pretrained("images")
     if name == "adapters":
         extract_lora("two", "base", "lora", rank=2)
         documents[name]["parameters"] = {"weight": 1}
-    planned = plan_recipe(documents[name], "out.jsonl" if name == "generate" else "out").result
+    planned = plan_recipe(documents[name], f"out{SUFFIXES.get(name, '')}").result
     assert isinstance(planned, PlannedJob)
     return planned
 
@@ -359,8 +368,10 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
 
     planned = job_plan(name)
     planned.plan.stand_in(Path("stand-in"))
-    makes_adapter, makes_file = name in ("adapters", "extract"), name in ("stats", "eval", "generate")
-    if name in ("eval", "generate"):
+    makes_adapter, makes_file = name in ("adapters", "extract"), name in ("stats", "eval", *SUFFIXES)
+    if name == "synthesise":
+        assert Path("stand-in").read_bytes()[:2] == b"PK"
+    elif name in ("eval", "generate"):
         assert Path("stand-in").read_text() == {"eval": "", "generate": '{"text": "."}\n'}[name]
     else:
         assert open_adapter(Path("stand-in")).modules if makes_adapter else dict(open_checkpoint("stand-in"))
@@ -368,7 +379,7 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
     assert str(planned.out) in show.plan_text(planned.plan) and show.plan_data(planned.plan)["recipe"]["job"] == name
     outcome = run_recipe(planned)
     assert run_recipe(planned).already_there and (makes_file or verify_output("out").result.differences == ())
-    if not (makes_adapter or name in ("eval", "generate")):
+    if not (makes_adapter or name in ("eval", *SUFFIXES)):
         alike = set(open_checkpoint("out").values()) <= set(open_checkpoint("stand-in").values())
         assert alike and (name == "stats" or dict(open_checkpoint("out")) == dict(open_checkpoint("stand-in")))
     words = {
@@ -379,6 +390,7 @@ def test_every_job_keeps_the_promises_of_its_declaration(name: str) -> None:
         "stats": "layers",
         "eval": "top-1",
         "generate": "3 texts",
+        "synthesise": "4 images",
     }
     word = words.get(name, "kept")
     assert word in show.done_text(outcome) and show.done_data(outcome)["out"] == str(planned.out)

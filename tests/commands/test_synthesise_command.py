@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_commands import answer, refusal, run
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from mergekit_lfm import FormatError, PlanError, load_model
+from mergekit_lfm import FormatError, PlanError, load_model, run_recipe, verify_output
 from mergekit_lfm.api.image_forms import pixel_range
-from mergekit_lfm.api.synthesise import _Student
+from mergekit_lfm.api.image_students import ImageStudent
 
 SIZES: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "layer_type": "basic"}
 
@@ -61,6 +63,8 @@ def test_images_are_made_and_a_student_learns_from_them(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("running_mean" in name for name in changed) and any("weight" in name for name in changed)
     assert json.loads((learned / "synthesise.json").read_text())["preset"] == "dfq"
+    assert "already there" in run("synthesise", "teacher", *options[:-1], *student).stderr
+    assert verify_output(learned).result.differences == () and not [*tmp_path.glob("*.training")]
 
 
 def test_requests_that_do_not_fit_are_refused(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +72,7 @@ def test_requests_that_do_not_fit_are_refused(models: Path, tmp_path: Path, monk
     out, place = str(tmp_path / "made.npz"), str(tmp_path / "student")
     for arguments, words in (
         (["-o", str(tmp_path / "made.pt")], "expected .npz"),
-        (["--student", "student", "-o", out], "without a place to write it"),
+        (["--student-out", place, "-o", out], "student_out: found it without `student`"),
         (["--preset", "dfq", "-o", out], "dfq needs a student"),
         (["--preset", "lopes", "-o", out], "lopes needs records"),
         (["--student", "other", "--student-out", place, "-o", out], "the student 2; expected as many"),
@@ -85,10 +89,10 @@ def test_settings_that_a_preset_does_not_read_are_refused(
     monkeypatch.chdir(models)
     out, student = str(tmp_path / "made.npz"), ["--student", "student", "--student-out", str(tmp_path / "learned")]
     for arguments, words in (
-        (["--preset", "dfq", "--count", "4", "--steps", "2", *student], "dfq does not read count and steps"),
+        (["--preset", "dfq", "--count", "4", "--steps", "2", *student], "dfq does not read count"),
         (["--preset", "dfnd", "--rounds", "4", "--images", "x.npz", *student], "dfnd does not read rounds"),
         (["--preset", "deepdream", "--data", "x.npz"], "deepdream does not read data"),
-        (["--steps", "3"], "found steps of a student without a student"),
+        (["--steps", "3"], "steps: found it without `student`"),
     ):
         assert words in refusal(run("synthesise", "teacher", *arguments, "-o", out))
     assert not [*tmp_path.iterdir()]
@@ -162,4 +166,79 @@ def test_a_student_with_parts_that_no_tensor_holds_is_refused(models: Path) -> N
     loaded = load_model(models / "student", "classification")
     loaded.model.add_module("more", torch.nn.BatchNorm2d(2, affine=False))
     with pytest.raises(PlanError, match=r"hold more.running_mean, more.running_var of the student"):
-        _Student(loaded)
+        ImageStudent(loaded)
+
+
+def test_planning_imports_no_torch(models: Path) -> None:
+    code = (
+        "import sys; from mergekit_lfm import plan_recipe\n"
+        "recipe = {'job': 'synthesise', 'teachers': 'teacher', 'preset': 'dfq', 'student': 'student'}\n"
+        "assert plan_recipe(recipe, 'out.npz').result.plan.student[1].name == 'out-student'\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=models)
+
+
+STAGES = """
+name: made
+job: synthesise
+teachers: teacher
+preset: dfq
+student: student
+student_out: learned
+rounds: 1
+---
+job: eval
+models: [teacher, learned]
+data: made
+task: classification
+"""
+
+
+def test_later_stages_take_the_images_and_the_student(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "student"):
+        Path(name).symlink_to(models / name)
+    Path("recipe.yaml").write_text(STAGES)
+    assert run("plan", "recipe.yaml", "out.json").exit_code == 0 and not Path("out.stages").exists()
+    outcome = run_recipe("recipe.yaml", "out.json")
+    assert outcome.result["teacher"]["made"].accuracy == 1.0 and outcome.result["learned"]["made"].examples == 128
+    assert {path.name for path in Path("out.stages").iterdir()} == {
+        "made.npz",
+        "made.npz.lock.json",
+        "made.png",
+        "learned",
+    }
+    assert run_recipe("recipe.yaml", "out.json", drop_stages=True).already_there
+    assert not Path("out.stages").exists()
+    Path("recipe.yaml").write_text(STAGES.replace("student_out: learned", "student_out: made"))
+    assert "made names another result" in refusal(run("plan", "recipe.yaml", "out.json"))
+
+
+def test_a_student_of_two_teachers_has_the_classes_of_both(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
+    config = ResNetConfig(**{**SIZES, "num_labels": 5}, num_channels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "both")
+    arguments = ["--preset", "amalgamation", "--student", str(tmp_path / "both"), "-o", str(tmp_path / "made.npz")]
+    form = ["--size", "16", "--low", "0", "--high", "1", "--rounds", "10"]
+    assert "other takes images of" in refusal(run("synthesise", "teacher", "other", "--size", "8", *arguments))
+    assert "expected as many" in refusal(run("synthesise", "teacher", *arguments, *form))
+    made = answer(run("synthesise", "teacher", "other", *arguments, *form, "--json"))
+    assert made["student"] == str(tmp_path / "made-student") and made["count"] == 128
+    ranges = [{"model": "other", "classes": [0, 1]}, {"model": "teacher", "classes": [2, 4]}]
+    recipe = {"job": "synthesise", "teachers": ranges, "preset": "dafl", "size": 16, "low": 0, "high": 1}
+    recipe |= {"student": str(tmp_path / "both"), "rounds": 1}
+    run_recipe(recipe, tmp_path / "again.npz")
+    labels = np.load(tmp_path / "again.npz")["labels"]
+    assert labels.max() <= 4
+    for classes in ([0, 2], [0, 0]):
+        ranges[0]["classes"] = classes
+        with pytest.raises(PlanError, match="classes from 0 on without a gap"):
+            run_recipe(recipe, tmp_path / "wrong.npz")
+    ranges[:] = [{"model": "other", "classes": [0, 2]}, {"model": "teacher", "classes": [3, 4]}]
+    with pytest.raises(PlanError, match=r"other has 2 classes; expected 0 to 2"):
+        run_recipe(recipe, tmp_path / "wrong.npz")

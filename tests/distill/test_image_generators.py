@@ -10,7 +10,8 @@ from torch import nn
 from mergekit_lfm import merge_state_dicts
 from mergekit_lfm.distill.bank import Bank
 from mergekit_lfm.distill.divergences import kd_divergence
-from mergekit_lfm.distill.generate import Generation, generate, move_towards
+from mergekit_lfm.distill.generate import generate, move_towards
+from mergekit_lfm.distill.generation import Generation
 from mergekit_lfm.distill.generators import Generator, build
 from mergekit_lfm.distill.learner import Learner, Learning, NoiseMatrix, learn
 from mergekit_lfm.errors import PlanError

@@ -14,10 +14,10 @@ from helpers_distill import CLASSES, SHAPE, small, some_images
 
 from mergekit_lfm.distill.impressions import draw_classes
 from mergekit_lfm.distill.invert import Facts, Inversion, invert
-from mergekit_lfm.distill.presets import PRESETS
 from mergekit_lfm.distill.samples import Samples, draw_grid, save_samples
 from mergekit_lfm.distill.wild import choose_wild
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.recipe.synthesise_presets import PRESETS
 from mergekit_lfm.runtime.data import read_data
 
 TERMS = PRESETS["deepinversion"].terms

@@ -1,4 +1,4 @@
-"""Published ways to distil without data, as rows: weights of terms, and options. `synthesise.py` carries one out."""
+"""Published ways to distil without data, as rows: weights of terms, and options. `distill` carries one out."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Preset:
         """The facts that it needs besides a teacher, by the names of `DESCRIBED`."""
         wild = ("wild",) if self.family == "wild" else ()
         return (*(NEEDS[name] for name in self.terms if name in NEEDS), *wild)
+
+    @property
+    def needs_student(self) -> bool:
+        """Whether a student takes part in making the images, or in choosing among them."""
+        return self.family != "pixels" or self.rounds > 1
 
 
 PIXELS = (
@@ -189,6 +194,17 @@ GENERATORS = (
     ),
 )
 
+AMALGAMATION = (
+    Preset(
+        "amalgamation",
+        "Ye et al. 2020, Group-Stack Dual-GAN, arXiv 2003.09088",
+        "groups of a generator, then blocks of the student, trained against the last layers of several teachers",
+        "generator",
+        {"one_hot": 1.0, "activation": 0.1, "balance": 5.0},
+        generation={"stacked": True, "generator_steps": 4, "student_steps": 10},
+    ),
+)
+
 WILD = (
     Preset(
         "dfnd",
@@ -199,7 +215,16 @@ WILD = (
     ),
 )
 
-PRESETS: Mapping[str, Preset] = {row.name: row for row in (*PIXELS, *GENERATORS, *WILD)}
+PRESETS: Mapping[str, Preset] = {row.name: row for row in (*PIXELS, *GENERATORS, *AMALGAMATION, *WILD)}
+
+
+def check_needs(row: Preset, present: Mapping[str, bool], *, student: bool) -> None:
+    """Raise PlanError with all that a preset needs and that is not there. present: by the names of `DESCRIBED`."""
+    lacking = [DESCRIBED[name] for name in row.needs if not present[name]]
+    if row.needs_student and not student:
+        lacking.append("a student, which takes part in making the images")
+    if lacking:
+        raise PlanError(f"{row.name} needs {'; and '.join(lacking)}. Give it, or choose another preset")
 
 
 def find_preset(name: str) -> Preset:
