@@ -81,7 +81,7 @@ def _saved(tensors: dict[str, Any], folder: str) -> Path:
 
 
 @pytest.mark.usefixtures("here")
-def test_rounds_need_what_a_merge_can_do_and_leave_foreign_files_alone() -> None:
+def test_rounds_need_a_plain_step_over_files_and_leave_foreign_files_alone() -> None:
     with pytest.raises(PlanError, match="algorithm: found maml, expected reptile, whose outer step is a merge"):
         meta_train("encoder", FILES, "out", **{**HOW, "algorithm": "maml"})
     with pytest.raises(PlanError, match=r"test: .* expected none: tune and judge the result in later stages"):
