@@ -20,10 +20,10 @@ from mergekit_lfm.distill.course import Course, labels_of
 from mergekit_lfm.distill.follow import Follow
 from mergekit_lfm.distill.spans import pair_places, target_places
 from mergekit_lfm.distill.teachers import NUMBER, PATTERN, Kept, Live, Reading, Teacher
-from mergekit_lfm.distill.watch import show_attention
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.recipe.distill_recipe import DistillRecipe
+from mergekit_lfm.runtime.functional import use_plain_attention
 from mergekit_lfm.runtime.lines import has_answers
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint
@@ -158,7 +158,7 @@ def learn(
         temperature = 1.0 if recipe.top_k is None else recipe.temperature
         reading = Reading(recipe.task, course.wanted(number), recipe.top_k, temperature, width)
         if reading.wanted.attentions:
-            show_attention(loaded.model)
+            use_plain_attention(loaded.model)
         if recipe.is_cached:
             facts = [
                 source.content,

@@ -24,12 +24,12 @@ from mergekit_lfm.distill.watch import (
     STATE,
     Part,
     Seen,
-    show_attention,
     targets_of,
     watch,
 )
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.recipe.distill_terms import DISTILL_TERMS
+from mergekit_lfm.runtime.functional import use_plain_attention
 from mergekit_lfm.train.examples import Batch
 from mergekit_lfm.train.losses import LOSSES, Said, Terms
 
@@ -51,7 +51,7 @@ class Follow:
     def build(self, student: nn.Module, batch: Batch, seed: int) -> None:
         """Make the maps beside the student, for the widths that a batch shows, and check that all fits."""
         if self.course.wanted(None).attentions:
-            show_attention(student)
+            use_plain_attention(student)
         with torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(seed)
             device = next(student.parameters()).device

@@ -62,15 +62,6 @@ def watch(model: nn.Module, task: str, batch: Batch, wanted: Wanted) -> tuple[An
     return output, seen
 
 
-def show_attention(model: nn.Module) -> None:
-    """Have a model of transformers compute attention in the plain way, which alone shows it."""
-    for module in model.modules():
-        choose: Any = getattr(module, "set_attn_implementation", None)
-        if choose is not None:
-            choose("eager")
-            return
-
-
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """The inputs of a model in a batch: of texts with positives, those of the texts."""
     return {name: x for name, x in batch.items() if name not in ("labels", PLACES) and not name.startswith(OTHER)}

@@ -60,7 +60,7 @@ def functional_model(model: nn.Module) -> FunctionalModel:
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Have a model of transformers compute attention in the plain way."""
+    """Have a model of transformers compute attention in the plain way, which alone shows it and has two slopes."""
     for module in model.modules():
         choose: Any = getattr(module, "set_attn_implementation", None)
         if choose is not None:

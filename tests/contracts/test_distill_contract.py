@@ -11,8 +11,9 @@ from torch import Tensor
 from mergekit_lfm.distill.course import Course, even_pairs
 from mergekit_lfm.distill.follow import Follow
 from mergekit_lfm.distill.teachers import Live, Reading, rows_of
-from mergekit_lfm.distill.watch import PLACES, show_attention
+from mergekit_lfm.distill.watch import PLACES
 from mergekit_lfm.recipe.distill_terms import DEFAULTS, DISTILL_TERMS
+from mergekit_lfm.runtime.functional import use_plain_attention
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
 from mergekit_lfm.train.examples import IGNORED
 
@@ -40,7 +41,7 @@ def model_of(task: str, seed: int) -> Any:
         kind = {**kinds, "masked_lm": "BertForMaskedLM", "embedding": "BertModel"}[task]
         labels = {"num_labels": 1 if task == "regression" else 3}
         model = getattr(transformers, kind)(transformers.BertConfig(**SIZES, **STILL, **labels))
-    show_attention(model)
+    use_plain_attention(model)
     return model.double().train()
 
 

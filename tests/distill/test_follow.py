@@ -17,7 +17,8 @@ from mergekit_lfm.distill.course import Course, Wanted, even_pairs
 from mergekit_lfm.distill.divergences import kd_divergence
 from mergekit_lfm.distill.follow import Follow
 from mergekit_lfm.distill.teachers import NUMBER, Live, Reading, largest, rows_of
-from mergekit_lfm.distill.watch import PLACES, SCORES, STATE, Part, show_attention, watch
+from mergekit_lfm.distill.watch import PLACES, SCORES, STATE, Part, watch
+from mergekit_lfm.runtime.functional import use_plain_attention
 from mergekit_lfm.train.examples import IGNORED, Examples
 
 N, D = 5, 4
@@ -162,7 +163,7 @@ def _batch(**more: Tensor) -> dict[str, Tensor]:
 def test_a_batch_is_its_examples_one_by_one(weights: dict[str, float]) -> None:
     """Padding and neighbours change nothing: the sum over a batch is that over its examples, in number and gradient."""
     teacher, student = _llama(4, 0).eval(), _llama(2, 1)
-    show_attention(teacher)
+    use_plain_attention(teacher)
     course = Course("lm", weights, [even_pairs(2, 4)], [1.0])
     follow = Follow(course, [Live(teacher, Reading("lm", course.wanted(0)))])
     batch = _batch()
