@@ -1,6 +1,6 @@
 """One student of two teachers without data: digits 0 to 4 and 5 to 9 of scikit-learn, each teacher with five classes.
 
-    python benchmarks/amalgamation.py                    # three seeds: about half an hour on one core
+    python benchmarks/amalgamation.py                    # three seeds: 20 minutes on one core
     python benchmarks/amalgamation.py --presets amalgamation dafl --seeds 0
 
 A number is the student's accuracy in percent on 450 images of all ten digits, the mean over seeds ± the standard
