@@ -93,13 +93,18 @@ class MetaLessons:
             starts = {"random": random_start(model, self.before, seed_of(recipe.seed, "random")), **starts}
         plain = build_loss(plain_copy(model, self.before), recipe.task, PLAIN, Inner(1, 0.1))
         grid = [Inner(count, rate) for rate in test.rates for count in test.steps]
-        scores = {name: evaluate(plain, start, episodes, grid, test.episodes) for name, start in starts.items()}
+        own = grid
         if not recipe.row.adapts:
-            grid = [Inner(0, 0.0)]
+            own = [Inner(0, 0.0)]
         elif recipe.row.learns_rates:
-            grid = [Inner(count, None) for count in test.steps]
-        scores[recipe.algorithm] = evaluate(loss, found, episodes, grid, test.episodes)
-        return {name: asdict(score) for name, score in scores.items()}
+            own = [Inner(count, None) for count in test.steps]
+        work = {name: (plain, start, grid) for name, start in starts.items()} | {recipe.algorithm: (loss, found, own)}
+        at_once, scores = -(-recipe.options.batch_size // recipe.options.accumulate), dict[str, Any]()
+        with self.progress.by_count(" starts", "judging") as tell:
+            for name, (judge, start, cells) in work.items():
+                scores[name] = asdict(evaluate(judge, start, episodes, cells, test.episodes, at_once))
+                tell(len(scores), len(work))
+        return scores
 
     def _joint(self, model: nn.Module, test: TestEntry) -> dict[str, Tensor]:
         """The parameters after ordinary training on as many examples as the episodes had."""

@@ -74,6 +74,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="A file of tasks that are not trained on, to judge by. Can be given several times.",
 )
+@click.option("--episodes", type=click.IntRange(min=2), default=100, help="Episodes of the test. [default: 100]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, help="Tasks of an outer step. [default: 4]")
 @click.option(
     "--on-disk",
@@ -87,7 +88,14 @@ Examples:
 @step_options
 @click.pass_obj
 def meta(
-    console: Console, /, model: str, data: tuple[Path, ...], out: Path, test: tuple[Path, ...], **values: Any
+    console: Console,
+    /,
+    model: str,
+    data: tuple[Path, ...],
+    out: Path,
+    test: tuple[Path, ...],
+    episodes: int,
+    **values: Any,
 ) -> None:
     """Learn an initialisation; the text is HELP."""
     from mergekit_lfm.api.meta import meta_train
@@ -97,7 +105,8 @@ def meta(
     parameters = {name: values.pop(name) for name in own}
     values["parameters"] = {name: value for name, value in parameters.items() if value is not None}
     with going_on_later(out):
-        outcome = meta_train(model, data, out, test=test or None, progress=console.progress, **values)
+        judged = {"data": [*test], "episodes": episodes} if test else None
+        outcome = meta_train(model, data, out, test=judged, progress=console.progress, **values)
     if rank():
         return  # the first of several processes prints
     console.warn(outcome.warnings)

@@ -170,7 +170,7 @@ class LocalRankedCoins(NamedTuple):
         import numpy as np
         import torch
 
-        here = self._place(block)
+        here = () if known is None else self._place(block)
         if known is not None and here in known:
             kept = np.unpackbits(known[here], axis=1, count=block.count)
             return LocalMasks(torch.from_numpy(kept).view(torch.int8).neg_().int())

@@ -36,13 +36,21 @@ class Score:
 
 @torch.no_grad()
 def score_cells(
-    loss: MetaLoss, start: Parameters, episodes: EpisodeSource, numbers: Sequence[int], cells: Sequence[Inner]
+    loss: MetaLoss,
+    start: Parameters,
+    episodes: EpisodeSource,
+    numbers: Sequence[int],
+    cells: Sequence[Inner],
+    at_once: int = TASKS_AT_ONCE,
 ) -> dict[Inner, Tensor]:
-    """The scores of episodes of these numbers in each cell, [episodes]. A rate is run on to its largest steps once."""
+    """The scores of episodes of these numbers in each cell, [episodes]. A rate is run on to its largest steps once.
+
+    at_once: how many tasks are in memory.
+    """
     found: dict[Inner, list[Tensor]] = {cell: [] for cell in cells}
     device = next(iter(start.values())).device
-    for first in range(0, len(numbers), TASKS_AT_ONCE):
-        drawn = episodes.batch(numbers[first : first + TASKS_AT_ONCE])
+    for first in range(0, len(numbers), at_once):
+        drawn = episodes.batch(numbers[first : first + at_once])
         batch = {name: x.to(device) for name, x in drawn.items()}
         for rate in dict.fromkeys(cell.rate for cell in cells):
             counts = sorted({cell.steps for cell in cells if cell.rate == rate})
@@ -66,6 +74,7 @@ def evaluate(
     episodes: EpisodeSource,
     cells: Sequence[Inner],
     count: int,
+    at_once: int = TASKS_AT_ONCE,
 ) -> Score:
     """The score of a start on `count` episodes, in the cell that is best on as many others; those that diverge lose."""
     sign = 1 if loss.objective.counts_right else -1
@@ -75,10 +84,10 @@ def evaluate(
         return sign * mean if math.isfinite(mean) else -math.inf
 
     if len(cells) > 1:
-        tried = score_cells(loss, start, episodes, range(count, 2 * count), cells)
+        tried = score_cells(loss, start, episodes, range(count, 2 * count), cells, at_once)
         cells = [max(tried, key=lambda cell: worth(tried[cell]))]
     (cell,) = cells
-    return summarise(cell, score_cells(loss, start, episodes, range(count), cells)[cell])
+    return summarise(cell, score_cells(loss, start, episodes, range(count), cells, at_once)[cell])
 
 
 def summarise(cell: Inner, scores: Tensor) -> Score:
