@@ -42,7 +42,7 @@ def plan_text(planned: PlannedMeta) -> str:
         rows.append(
             ("memory of a step", f"some {format_size(need.total)}, {inner} of it for {need.tasks} tasks at once")
         )
-    return tunings.plan_text(planned, rows)
+    return tunings.plan_text(planned, rows, "tasks")
 
 
 def done_text(outcome: Outcome[Tuned]) -> str:

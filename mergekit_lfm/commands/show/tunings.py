@@ -28,8 +28,11 @@ def plan_data(planned: PlannedTuning) -> dict[str, Any]:
     }
 
 
-def plan_text(planned: PlannedTuning, more: Sequence[tuple[str, str]] = ()) -> str:
-    """A planned tuning as a table. more: rows behind that of the task, in place of that of the loss."""
+def plan_text(planned: PlannedTuning, more: Sequence[tuple[str, str]] = (), unit: str = "examples") -> str:
+    """A planned tuning as a table. more: rows behind that of the task, in place of that of the loss.
+
+    unit: the members of a batch.
+    """
     recipe = planned.recipe
     options, parameters = recipe.options, ", ".join(f"{name} {value}" for name, value in recipe.settings.items())
     loss = ", ".join(f"{name} {number:g}" for name, number in recipe.loss.items())
@@ -47,7 +50,7 @@ def plan_text(planned: PlannedTuning, more: Sequence[tuple[str, str]] = ()) -> s
         *(("held out" if file.cluster in recipe.held_out else "data", _of_file(file)) for file in recipe.files),
         *([("development set", recipe.dev_file.ref)] if recipe.dev_file else []),
         *([("development set", f"{recipe.dev_share:g} of the data")] if recipe.dev_share else []),
-        ("steps", f"{options.steps} of {options.batch_size} examples"),
+        ("steps", f"{options.steps} of {options.batch_size} {unit}"),
         ("learning rate", f"{options.learning_rate:g}, {options.schedule}"),
         *(("note", text) for text in planned.notices),
     ]
