@@ -113,6 +113,9 @@ def draw_plot(file: Path, found: Sequence[Mapping[str, Mapping[int, float]]]) ->
         axis.plot(STEPS, means, marker="o", label=name)
     axis.set(xlabel="steps of plain descent on 10 points", ylabel="mean squared error", yscale="log", xscale="symlog")
     axis.set_xticks(STEPS, [str(count) for count in STEPS])
+    axis.set_xlim(left=-0.1)
+    axis.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    axis.minorticks_off()
     axis.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
