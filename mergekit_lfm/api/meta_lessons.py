@@ -84,7 +84,7 @@ class MetaLessons:
         """The scores of the starts, each in the cell of the grid that is best for it."""
         recipe, test, model = self.recipe, self.recipe.test, loaded.model
         assert test is not None
-        sets = [read_file(file, loaded, self.planned, fits=False) for file in recipe.more_files]
+        sets = [read_file(file, loaded, self.planned, fits=recipe.labels_fit) for file in recipe.more_files]
         sets = lengthen_for(loaded, [self.examples, *sets])[1:]
         seed = seed_of(recipe.seed, "test")
         episodes = Episodes(join(sets, [None] * len(sets)), recipe.ways, recipe.shots, recipe.queries, seed=seed)

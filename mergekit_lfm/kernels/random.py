@@ -253,6 +253,7 @@ def _kept_limits(low: float, high: float, row: int, device: torch.device, thread
 def _make_limits(low: float, high: float, row: int) -> torch.Tensor:
     import torch
 
-    steps = torch.linspace(1, 0, row, dtype=torch.float64) if row > 1 else torch.tensor([0.5]).double()
+    device = torch.get_default_device()  # said to linspace, which transformers may leave with a default of its own
+    steps = torch.linspace(1, 0, row, dtype=torch.float64, device=device) if row > 1 else torch.tensor([0.5]).double()
     table = low + steps * (high - low)
     return (table * 2**31).round().to(torch.int64).sub(2**30).to(torch.int32)

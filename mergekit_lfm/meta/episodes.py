@@ -128,7 +128,7 @@ class Episodes(EpisodeSource):
         return f"{self.examples.digest} {self.ways} {self.shots} {self.queries} {self.seed}"
 
     def batch(self, numbers: Sequence[int], draw: int = 0) -> dict[str, Tensor]:  # noqa: ARG002
-        """The episodes of these numbers; with ways, also the classes of each, `classes` [tasks, ways], by their place.
+        """The episodes of these numbers, and `classes`, the places of the classes of each, or of its data set.
 
         All episodes of a batch are as long as its longest example.
         """
@@ -138,12 +138,10 @@ class Episodes(EpisodeSource):
         split = self.shots * (self.ways or 1)
         tasks = {name: x.reshape(len(drawn), -1, *x.shape[1:]) for name, x in whole.items()}
         parts = [{name: x[:, part] for name, x in tasks.items()} for part in (slice(split), slice(split, None))]
-        episode = Episode(*parts)
-        if self.ways is None:
-            return _joined(episode)
-        for batch, count in zip(parts, (self.shots, self.queries), strict=True):
-            batch["labels"] = torch.arange(self.ways).repeat_interleave(count).repeat(len(drawn), 1)
-        return {**_joined(episode), CLASSES: torch.tensor([places for places, _ in drawn])}
+        if self.ways is not None:
+            for batch, count in zip(parts, (self.shots, self.queries), strict=True):
+                batch["labels"] = torch.arange(self.ways).repeat_interleave(count).repeat(len(drawn), 1)
+        return {**_joined(Episode(*parts)), CLASSES: torch.tensor([places for places, _ in drawn])}
 
     def _draw(self, number: int, *, hard: bool) -> tuple[list[int], list[int]]:
         """The places of an episode's classes, and its examples: the support set, by class, then the query set."""

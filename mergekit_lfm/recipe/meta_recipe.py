@@ -87,7 +87,7 @@ class MetaRecipe(TrainingRecipe):
 
     @property
     def labels_fit(self) -> bool:
-        return False  # they are those of the data, and an episode has its own
+        return self.ways is None  # else they are those of the data, and an episode has its own
 
     @property
     def is_labelled(self) -> bool:
@@ -125,9 +125,12 @@ class MetaRecipe(TrainingRecipe):
             yield problem_at("ways", FOUND, found=str(self.ways), expected="none for a task without classes")
         if self.ways is None and row.kind == "metric":
             yield problem_at("ways", FOUND, found="none", expected=f"the classes of an episode, for {row.name}")
-        if self.ways is None and len(self.data) < 2 and not self.data[0].path.count(":"):
+        if self.ways is None and len(self.data) < 2:
             expected = "several, each a task, or `ways` for episodes of classes"
             yield problem_at("data", FOUND, found="one file", expected=expected)
+        if row.hard_tasks and self.accumulate > 1:
+            expected = f"1 for {row.name}, whose hard classes are those of the step before"
+            yield problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected)
         yield from self._check_on_disk(row)
         if not row.adapts and (self.inner_steps or self.inner_rate):
             yield problem_at("inner_steps", FOUND, found="it", expected=f"none for {row.name}, which does not adapt")

@@ -108,11 +108,23 @@ def test_files_are_tasks_and_an_adapter_is_learned() -> None:
     assert any(bool(x.any()) for name, x in tensors.items() if "lora_B" in name)
 
 
+@pytest.mark.usefixtures("here")
+def test_files_of_one_classification_are_tasks_with_the_models_classes() -> None:
+    for number in (0, 1):
+        write_texts(Path(f"task{number}.jsonl"), 3, first=3 * number)
+    how: dict[str, Any] = {**CLASSES, **HOW, "ways": None, "algorithm": "mtl"}
+    made = meta_train("bert", ["task0.jsonl", "task1.jsonl"], "out", **how)
+    assert made.result.steps == 3
+    with pytest.raises(PlanError, match="found the label 3; expected 0 to 2, the classes of the head"):
+        meta_train("bert", ["task0.jsonl", "seen.jsonl"], "other", **how)
+
+
 REFUSED = [
     ({"algorithm": "mamml"}, "algorithm: found 'mamml', expected maml, fomaml"),
     ({"ways": 4}, "bert has 3 classes, and an episode 4; expected as many"),
     ({"ways": None}, "data: found one file, expected several, each a task, or `ways`"),
     ({"queries": 4}, "an episode needs 2 and 4 other examples of each class, together 6; class 0 has 5"),
+    ({"algorithm": "mtl", "accumulate": 2}, "accumulate: found 2, expected 1 for mtl, whose hard classes"),
     ({"dev": 0.1}, "dev: found it, expected none in a meta-learning"),
     ({"method": "mask"}, "method: found mask, expected one that trains the same part in each step"),
     ({"method": "lora", "algorithm": "metasgd"}, "expected one that makes a checkpoint, which metasgd puts a file"),
