@@ -108,6 +108,23 @@ def _suffix_of_tuning(data: Mapping[str, Any]) -> str:
     return SAFETENSORS if method is not None and method.makes in ("patch", "attachment", "mixture", "template") else ""
 
 
+def _training(
+    name: str, makes: str, parse: Callable[..., JobRecipe], plan: str, *, show: str, run: str = "tune.tune_planned"
+) -> Job:
+    """A job that trains a model. plan, run: names of functions of this room."""
+    return Job(
+        name=name,
+        makes=makes,
+        parse=parse,
+        plan=_later(plan),
+        run=_later(run),
+        show=show,
+        suffix=_suffix_of_tuning,
+        plan_options=frozenset({"device"}),
+        run_options=frozenset({"threads"}),
+    )
+
+
 ADAPTERS = Job(
     name="adapters",
     makes="an adapter",
@@ -127,38 +144,17 @@ EXTRACT = Job(
     plan_options=frozenset({"device"}),
     run_options=frozenset({"memory", "threads"}),
 )
-TUNE = Job(
-    name="tune",
-    makes="a tuned model",
-    parse=TuneRecipe.parse,
-    plan=_later("tune_plans.plan_tuning"),
-    run=_later("tune.tune_planned"),
-    show="tunings",
-    suffix=_suffix_of_tuning,
-    plan_options=frozenset({"device"}),
-    run_options=frozenset({"threads"}),
+TUNE = _training("tune", "a tuned model", TuneRecipe.parse, "tune_plans.plan_tuning", show="tunings")
+DISTILL = _training(
+    "distill", "a student of other models", DistillRecipe.parse, "distill_plans.plan_distillation", show="distillations"
 )
-DISTILL = Job(
-    name="distill",
-    makes="a student of other models",
-    parse=DistillRecipe.parse,
-    plan=_later("distill_plans.plan_distillation"),
-    run=_later("tune.tune_planned"),
-    show="distillations",
-    suffix=_suffix_of_tuning,
-    plan_options=frozenset({"device"}),
-    run_options=frozenset({"threads"}),
-)
-META = Job(
-    name="meta",
-    makes="an initialisation",
-    parse=MetaRecipe.parse,
-    plan=_later("meta_plans.plan_meta"),
-    run=_later("meta.meta_planned"),
+META = _training(
+    "meta",
+    "an initialisation",
+    MetaRecipe.parse,
+    "meta_plans.plan_meta",
+    run="meta.meta_planned",
     show="initialisations",
-    suffix=_suffix_of_tuning,
-    plan_options=frozenset({"device"}),
-    run_options=frozenset({"threads"}),
 )
 STATS = Job(
     name="stats",

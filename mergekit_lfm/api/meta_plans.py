@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
 from mergekit_lfm.distill.course import labels_of
 from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.launch import is_launched
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.machine.resources import total_memory
 from mergekit_lfm.machine.sizes import format_size
@@ -67,6 +68,9 @@ def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memor
             f"{recipe.model} has {labels} classes, and an episode {recipe.ways}; expected as many. Make a model with "
             f"them by `mergekit-lfm head {recipe.model} --labels {recipe.ways}`, or set ways to {labels}"
         )
+    if is_launched() and (recipe.on_disk or recipe.row.hard_tasks):
+        reason = "whose processes share a folder instead" if recipe.on_disk else "whose tasks depend on all losses"
+        raise PlanError(f"torchrun shares no {recipe.algorithm}{' on disk' * recipe.on_disk}, {reason}; start it alone")
     need, memory = planned.need, total_memory() if memory is None else memory
     if need is not None and need.total > memory and planned.device == "cpu":
         whole, inner, budget = (format_size(size) for size in (need.total, need.inner, memory))

@@ -64,7 +64,7 @@ def tune_model(
     schedule: str = "linear",
     warmup: float = 0.0,
     weight_decay: float = 0.0,
-    clip: float = 1.0,
+    clip: float | None = None,
     accumulate: int = 1,
     evaluate_every: int | None = None,
     patience: int | None = None,

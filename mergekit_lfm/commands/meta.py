@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import method_option, parameter_options
-from mergekit_lfm.commands.shell import Command
+from mergekit_lfm.commands.shell import Command, Size
 from mergekit_lfm.commands.training import data_options, step_options
 from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
@@ -32,7 +31,8 @@ The result is written as `tune` writes it, and is a base to tune and to merge on
 
 With --ways a task is an episode of so many classes of the data, drawn anew for each; without it every --data file is a
 task. In each outer step --batch-size tasks adapt to their --shots by --inner-steps steps of plain descent, and are
-judged by their --queries. Data are as for `tune`.
+judged by their --queries. Data are as for `tune`. Reptile's outer rate is 0.5, by plain descent without a clip, if
+--learning-rate, --optimizer and --clip say nothing else.
 
 With --test the result says how a random start, MODEL, joint training on the same examples, and the result do on the
 tasks of these files: each after the steps and the rate that are best for it in one grid, on episodes of their own.
@@ -82,7 +82,11 @@ Examples:
     help="Of reptile: a step's models are checkpoints beside OUT, which the engine merges; several processes with the "
     "same command share them.",
 )
-@options.memory
+@click.option(
+    "--memory",
+    type=Size(),
+    help="The most memory that a step may need by its estimate, such as 8GB. [default: the machine's]",
+)
 @method_option(TUNE_METHODS, "full", "The part of the model that is learned, and how.")
 @parameter_options(TUNE_METHODS)
 @step_options

@@ -98,7 +98,7 @@ step_options = together(
         metavar="TEXT",
         help='Parameters with settings of their own: "*.layers.0.* learning_rate=1e-5 weight_decay=0". Several times.',
     ),
-    click.option("--clip", type=click.FloatRange(0), default=1.0, help="Largest norm of the gradient, 0 for any."),
+    click.option("--clip", type=click.FloatRange(0), help="Largest norm of the gradient, 0 for any. [default: 1]"),
     click.option(
         "--optimizer",
         type=click.Choice(OPTIMIZERS),

@@ -16,10 +16,11 @@ TASKS = ("classification", "embedding", "lm", "regression")  # for which there a
 class Algorithm:
     """An algorithm that makes an initialisation from episodes.
 
-    kind: the code that does it. rate: by default, of the outer steps, which the optimizer takes. first_order: the
-    slopes of inner steps are constants. head_only: these move the head alone. learns_rates: a rate for each number of
-    the model is learned with it. scales: the model stays, but for factors and shifts of its channels, and the head.
-    steps, inner_rate: of adapting, by default.
+    kind: the code that does it. rate, clip: of the outer steps, by default; None for those of the tuning method.
+    optimizer: of these. first_order: the slopes of inner steps are constants. head_only: these move the head alone.
+    learns_rates: a rate for each number of the model is learned with it. scales: the model stays, but for factors and
+    shifts of its channels, and the head. hard_tasks: half of a step's episodes are of the classes with the largest
+    losses. inner_steps, inner_rate: of adapting, by default.
     """
 
     name: str
@@ -27,7 +28,8 @@ class Algorithm:
     summary: str
     kind: Kind = "gradient"
     tasks: tuple[str, ...] = TASKS
-    rate: float = 1e-3
+    rate: float | None = None
+    clip: float | None = None
     optimizer: Optimizer = "adamw"
     first_order: bool = False
     head_only: bool = False
@@ -81,6 +83,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "a step towards the mean of the models that tasks lead to; task arithmetic over these",
             kind="reptile",
             rate=0.5,
+            clip=0.0,
             optimizer="sgd",
             first_order=True,
         ),

@@ -23,6 +23,7 @@ from mergekit_lfm.recipe.values import FOUND
 RATES, STEPS = (0.003, 0.01, 0.03, 0.1, 0.3), (1, 5, 10)  # the grid of the test
 # Settings of a training that a loss over episodes has no place for.
 UNUSED = ("loss", "dev", "train", "phases", "held_out", "checkpointing", "autocast", "evaluate_every", "patience")
+ON_DISK_UNUSED = ("queries", "accumulate", "weight_decay", "clip", "groups")  # the outer step is a merge
 CHANGING = ("mask", "lp_ft", "layerwise")  # methods whose trained part is another one in each step
 
 
@@ -146,6 +147,9 @@ class MetaRecipe(TrainingRecipe):
         ):
             if self.on_disk and is_wrong:
                 yield problem_at(name, FOUND, found=str(getattr(self, name)), expected=f"{expected}, with on_disk")
+        for name in ON_DISK_UNUSED:
+            if self.on_disk and getattr(self, name) not in (type(self).model_fields[name].default, 0):
+                yield problem_at(name, FOUND, found="it", expected="none with on_disk; leave it out")
 
     @property
     def _optimizer(self) -> Optimizer:
@@ -153,7 +157,14 @@ class MetaRecipe(TrainingRecipe):
 
     def _default_rate(self, method: TuneMethod[Any]) -> float:
         row = ALGORITHMS.get(self.algorithm)
-        return row.rate if row is not None and self._optimizer == row.optimizer == "sgd" else method.rate
+        own = None if row is None or self._optimizer != row.optimizer else row.rate
+        return method.rate if own is None else own
+
+    @property
+    def _clip(self) -> float:
+        row = ALGORITHMS.get(self.algorithm)
+        own = None if row is None or self.clip is not None else row.clip
+        return super()._clip if own is None else own
 
     def _read_more(self, where: Where) -> Iterable[Problem]:
         files = list[DataFile]()

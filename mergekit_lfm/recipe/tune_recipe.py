@@ -63,7 +63,7 @@ class TrainingRecipe(JobForm):
     schedule: Schedule = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
-    clip: float = 1.0
+    clip: float | None = None
     accumulate: int = Field(default=1, strict=True)
     evaluate_every: int | None = Field(default=None, strict=True)
     patience: int | None = Field(default=None, strict=True)
@@ -165,17 +165,24 @@ class TrainingRecipe(JobForm):
             yield problem_at("steps", FOUND, found=str(self.steps), expected=f"{total}, the sum over the phases")
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"learning_rate", "groups", "optimizer", "steps"}
+        names = Options.__dataclass_fields__.keys() - {"clip", "learning_rate", "groups", "optimizer", "steps"}
         rate = self._default_rate(method) if self.learning_rate is None else self.learning_rate
         groups = tuple(Group(**dict(entry)) for entry in self.groups)
         steps = sum(phase.steps for phase in self.phases) or self.steps
         rest = {name: getattr(self, name) for name in names}
-        return Options(steps=steps, learning_rate=rate, groups=groups, optimizer=self._optimizer, **rest)
+        return Options(
+            steps=steps, learning_rate=rate, groups=groups, optimizer=self._optimizer, clip=self._clip, **rest
+        )
 
     @property
     def _optimizer(self) -> Optimizer:
         """The optimizer."""
         return self.optimizer or "adamw"
+
+    @property
+    def _clip(self) -> float:
+        """The largest norm of the gradient."""
+        return 1.0 if self.clip is None else self.clip
 
     def _default_rate(self, method: TuneMethod[Any]) -> float:
         """The learning rate where the user gives none."""

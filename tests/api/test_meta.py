@@ -18,6 +18,7 @@ from mergekit_lfm import PlanError, meta_train, open_checkpoint, verify_output
 from mergekit_lfm.api.recipes import run_recipe
 from mergekit_lfm.commands.show.initialisations import done_text
 from mergekit_lfm.meta.episodes import Episodes
+from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 from mergekit_lfm.runtime.load import load_model
 
 HOW: dict[str, Any] = {"steps": 3, "batch_size": 2, "threads": 1, "inner_steps": 2, "shots": 2, "queries": 2}
@@ -119,12 +120,36 @@ def test_files_of_one_classification_are_tasks_with_the_models_classes() -> None
         meta_train("bert", ["task0.jsonl", "seen.jsonl"], "other", **how)
 
 
+@pytest.mark.usefixtures("here")
+def test_defaults_of_the_outer_steps_are_those_of_the_algorithm() -> None:
+    """Reptile's step is not clipped, so that it is task arithmetic; the others are a training as any other."""
+    whole = {"job": "meta", "model": "bert", "data": ["seen.jsonl"], "task": "classification", "ways": 3}
+    found = {name: MetaRecipe.parse({**whole, "algorithm": name}).options for name in ("maml", "reptile")}
+    how = {name: (x.optimizer, x.learning_rate, x.clip) for name, x in found.items()}
+    assert how == {"maml": ("adamw", 2e-5, 1.0), "reptile": ("sgd", 0.5, 0.0)}
+    given = MetaRecipe.parse({**whole, "algorithm": "reptile", "clip": 2.0, "optimizer": "adamw"})
+    assert (given.options.clip, given.options.learning_rate) == (2.0, 2e-5)
+    assert MetaRecipe.parse(given.normalised()).options == given.options
+
+
+@pytest.mark.usefixtures("here")
+def test_processes_of_torchrun_are_refused_where_they_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PlanError, match="torchrun shares no mtl, whose tasks depend on all losses; start it alone"):
+        meta_train("bert", "seen.jsonl", "out", **{**CLASSES, **HOW, "algorithm": "mtl"})
+
+
 REFUSED = [
     ({"algorithm": "mamml"}, "algorithm: found 'mamml', expected maml, fomaml"),
     ({"ways": 4}, "bert has 3 classes, and an episode 4; expected as many"),
     ({"ways": None}, "data: found one file, expected several, each a task, or `ways`"),
     ({"queries": 4}, "an episode needs 2 and 4 other examples of each class, together 6; class 0 has 5"),
     ({"algorithm": "mtl", "accumulate": 2}, "accumulate: found 2, expected 1 for mtl, whose hard classes"),
+    (
+        {"algorithm": "reptile", "on_disk": True, "ways": None, "clip": 1.0},
+        "clip: found it, expected none with on_disk",
+    ),
     ({"dev": 0.1}, "dev: found it, expected none in a meta-learning"),
     ({"method": "mask"}, "method: found mask, expected one that trains the same part in each step"),
     ({"method": "lora", "algorithm": "metasgd"}, "expected one that makes a checkpoint, which metasgd puts a file"),
