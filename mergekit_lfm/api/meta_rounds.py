@@ -22,11 +22,13 @@ from mergekit_lfm.api.merge import merge
 from mergekit_lfm.api.meta_plans import PlannedMeta
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.tune import known_result, tune_planned
+from mergekit_lfm.api.tune_data import read_all
 from mergekit_lfm.api.tune_plans import PlannedTuning, plan_tuning
 from mergekit_lfm.api.tune_results import Tuned, save_tuned
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.tune_recipe import TuneRecipe
+from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import open_checkpoint
 from mergekit_lfm.store.locks import BusyError, lock_folder
 from mergekit_lfm.store.places import beside, remove
@@ -49,6 +51,7 @@ def learn_on_disk(
     if not there:
         if overwrite and request.is_of(planned.out):
             remove(planned.out)
+        read_all(load_model(planned.source, planned.recipe.task, device=planned.device), planned)  # refuses wrong data
         rounds = _Rounds(planned, threads, _folder_of(planned))
         with progress.by_count(" rounds", "meta-learning") as tell:
             for number in range(rounds.last + 1):

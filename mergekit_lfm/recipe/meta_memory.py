@@ -87,5 +87,5 @@ def _cure(recipe: MetaRecipe, tasks: int) -> str:
     ways = [f"cut the batch into more parts (accumulate: {recipe.options.batch_size})"] if tasks > 1 else []
     if not recipe.row.first_order:
         ways.append("choose an algorithm that holds one pass (fomaml, or reptile)")
-    ways += ["fewer inner_steps"] if recipe.inner[0] > 1 and not recipe.row.first_order else []
+    ways += ["set fewer inner_steps"] if recipe.inner[0] > 1 and not recipe.row.first_order else []
     return ", or ".join([*ways, "train less of the model (method: lora or bitfit)", "give shorter examples (window)"])

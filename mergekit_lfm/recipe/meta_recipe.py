@@ -14,7 +14,6 @@ from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import Strict
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
 from mergekit_lfm.recipe.problems import Problem, problem_at
-from mergekit_lfm.recipe.training import Optimizer
 from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
 from mergekit_lfm.recipe.tune_options import check_makes
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
@@ -143,7 +142,7 @@ class MetaRecipe(TrainingRecipe):
             ("method", self.method != "full", "full, which makes checkpoints"),
             ("ways", self.ways is not None, "none: each data file is a task"),
             ("test", self.test is not None, "none: tune and judge the result in later stages"),
-            ("optimizer", self._optimizer != "sgd", "sgd: a plain step towards the tasks' models"),
+            ("optimizer", self.optimizer not in (None, "sgd"), "sgd: a plain step towards the tasks' models"),
         ):
             if self.on_disk and is_wrong:
                 yield problem_at(name, FOUND, found=str(getattr(self, name)), expected=f"{expected}, with on_disk")
@@ -151,20 +150,13 @@ class MetaRecipe(TrainingRecipe):
             if self.on_disk and getattr(self, name) not in (type(self).model_fields[name].default, 0):
                 yield problem_at(name, FOUND, found="it", expected="none with on_disk; leave it out")
 
-    @property
-    def _optimizer(self) -> Optimizer:
-        return self.optimizer or ALGORITHMS.get(self.algorithm, ALGORITHMS["maml"]).optimizer
-
-    def _default_rate(self, method: TuneMethod[Any]) -> float:
-        row = ALGORITHMS.get(self.algorithm)
-        own = None if row is None or self._optimizer != row.optimizer else row.rate
-        return method.rate if own is None else own
-
-    @property
-    def _clip(self) -> float:
-        row = ALGORITHMS.get(self.algorithm)
-        own = None if row is None or self.clip is not None else row.clip
-        return super()._clip if own is None else own
+    def _defaults(self, method: TuneMethod[Any]) -> dict[str, Any]:
+        row, found = ALGORITHMS.get(self.algorithm), super()._defaults(method)
+        if row is None:
+            return found
+        found |= {"optimizer": row.optimizer}
+        found |= {"learning_rate": row.rate} if row.rate is not None and self.optimizer in (None, row.optimizer) else {}
+        return found | ({"clip": row.clip} if row.clip is not None else {})
 
     def _read_more(self, where: Where) -> Iterable[Problem]:
         files = list[DataFile]()
@@ -183,7 +175,7 @@ class MetaRecipe(TrainingRecipe):
         own |= {"inner_steps": steps, "inner_rate": rate} if self.row.adapts else {}
         own |= {"test": self.test.facts} if self.test is not None else {}
         own |= {"on_disk": True} if self.on_disk else {}
-        return {**super().normalised(), **own, "optimizer": self._optimizer}
+        return {**super().normalised(), **own, "optimizer": self.options.optimizer}
 
 
 def check_grid(test: TestEntry) -> Iterator[Problem]:

@@ -165,28 +165,16 @@ class TrainingRecipe(JobForm):
             yield problem_at("steps", FOUND, found=str(self.steps), expected=f"{total}, the sum over the phases")
 
     def _make_options(self, method: TuneMethod[Any]) -> Options:
-        names = Options.__dataclass_fields__.keys() - {"clip", "learning_rate", "groups", "optimizer", "steps"}
-        rate = self._default_rate(method) if self.learning_rate is None else self.learning_rate
+        defaults = self._defaults(method)
+        names = Options.__dataclass_fields__.keys() - {"groups", "steps"}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         groups = tuple(Group(**dict(entry)) for entry in self.groups)
         steps = sum(phase.steps for phase in self.phases) or self.steps
-        rest = {name: getattr(self, name) for name in names}
-        return Options(
-            steps=steps, learning_rate=rate, groups=groups, optimizer=self._optimizer, clip=self._clip, **rest
-        )
+        return Options(steps=steps, groups=groups, **{**defaults, **given})
 
-    @property
-    def _optimizer(self) -> Optimizer:
-        """The optimizer."""
-        return self.optimizer or "adamw"
-
-    @property
-    def _clip(self) -> float:
-        """The largest norm of the gradient."""
-        return 1.0 if self.clip is None else self.clip
-
-    def _default_rate(self, method: TuneMethod[Any]) -> float:
-        """The learning rate where the user gives none."""
-        return method.rate
+    def _defaults(self, method: TuneMethod[Any]) -> dict[str, Any]:
+        """Settings of the steps where the user gives none."""
+        return {"learning_rate": method.rate}
 
     @property
     def found(self) -> FoundModel:

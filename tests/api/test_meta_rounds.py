@@ -15,7 +15,7 @@ from helpers_commands import run
 from helpers_tune import tiny  # noqa: F401
 from safetensors.numpy import load_file, save_file
 
-from mergekit_lfm import PlanError, meta_train, tune_model, verify_output
+from mergekit_lfm import FormatError, PlanError, meta_train, tune_model, verify_output
 from mergekit_lfm.api import meta_rounds
 from mergekit_lfm.api.merge import merge
 from mergekit_lfm.train.examples import seed_of
@@ -86,6 +86,10 @@ def test_rounds_need_a_plain_step_over_files_and_leave_foreign_files_alone() -> 
         meta_train("encoder", FILES, "out", **{**HOW, "algorithm": "maml"})
     with pytest.raises(PlanError, match=r"test: .* expected none: tune and judge the result in later stages"):
         meta_train("encoder", FILES, "out", **HOW, test=FILES[0])
+    Path("bad.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(FormatError, match=r"bad\.jsonl"):
+        meta_train("encoder", [*FILES, "bad.jsonl"], "out", **HOW)
+    assert not list(Path().glob("out*"))
     Path("out.rounds").mkdir()
     Path("out.rounds/mine").write_text("")
     with pytest.raises(PlanError, match=r"out\.rounds holds mine, which is of no meta-learning; move it away"):
