@@ -1,6 +1,6 @@
 """Sinusoids of 10 shots: starts from meta-learning, beside a random one and joint training, over several seeds.
 
-    python benchmarks/meta_sinusoids.py                      # three seeds, about ten minutes on one core
+    python benchmarks/meta_sinusoids.py                      # three seeds, a quarter of an hour on one core
     python benchmarks/meta_sinusoids.py --steps 5 --seeds 1  # a smoke test
 
 A task is a sinusoid of amplitude 0.1 to 5 and phase 0 to pi on [-5, 5]; a network with two hidden layers of 40 units

@@ -57,7 +57,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         Algorithm(
             "fomaml",
             "arXiv 1703.03400, 5.2",
-            "the loss after inner steps, whose slopes are taken for constants; half of the memory",
+            "the loss after inner steps, whose slopes are taken for constants; less memory",
             first_order=True,
         ),
         Algorithm(
