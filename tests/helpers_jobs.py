@@ -68,7 +68,7 @@ task: lm
 }
 DATA = "--data in/text.txt --task lm"
 EDIT = "edit in/a --facts in/facts.yaml --stats in/a.gram --steps 2 --layers 0 --no-verify"
-STEPS = "--shots 2 --queries 2 --inner-steps 2 --steps 2 --batch-size 2 --threads 1"
+STEPS = "--shots 2 --inner-steps 2 --steps 2 --batch-size 2 --threads 1"
 PREPARED = (
     *(f"stats gram in/{name} {DATA} -o in/{name}.gram" for name in "ab"),
     f"{EDIT} -o in/a.patch",
@@ -87,7 +87,7 @@ COMMANDS = {
     "align --save": "align in/b --to in/a -o out.transform --save out",
     "repair": f"repair in/merged --ends in/a in/b {DATA} -o out",
     "distill": "distill in/a --teacher in/b --data in/text.txt --task lm --steps 4 --batch-size 2 --threads 1 -o out",
-    "meta": f"meta in/a {DATA} --data in/text.txt --algorithm fomaml {STEPS} -o out",
+    "meta": f"meta in/a {DATA} --data in/text.txt --algorithm fomaml --queries 2 {STEPS} -o out",
     "meta --on-disk": f"meta in/a {DATA} --data in/text.txt --algorithm reptile --on-disk {STEPS} -o out",
     "generate": "generate in/a --count 6 --max-new-tokens 4 --batch-size 2 --threads 1 -o out.jsonl",
     "synthesise": "synthesise in/classifier --preset dfq --rounds 2 --student in/small --student-out out --size 8 "
