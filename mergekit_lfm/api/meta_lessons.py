@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergekit_lfm.api.tune_data import read_file
 from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.machine.progress import Progress
-from mergekit_lfm.meta.algorithms import build_loss
+from mergekit_lfm.meta.algorithms import build_loss, make_episodes
 from mergekit_lfm.meta.baselines import head_names, joint_start, plain_copy, random_start
 from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.meta.evaluate import evaluate
@@ -50,11 +50,16 @@ class MetaLessons:
         head = head_names(model) if row.head_only else frozenset[str]()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(recipe.seed, "beside"))
-            self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head)
-        episodes = Episodes(examples, recipe.ways, recipe.shots, recipe.queries, seed=recipe.seed)
+            self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head, recipe.own_settings)
+        episodes = self._episodes(examples, recipe.seed)
         if row.hard_tasks:
             episodes = replace(episodes, hardness=self.loss.watch(episodes.classes))
         return episodes, self.loss
+
+    def _episodes(self, examples: Examples, seed: int) -> Episodes:
+        recipe = self.recipe
+        sizes = {"ways": recipe.ways, "shots": recipe.shots, "queries": recipe.queries}
+        return make_episodes(recipe.row, recipe.own_settings, examples, **sizes, seed=seed)
 
     def end(self, loaded: Loaded) -> dict[str, Any]:
         """The scores of the result and of what it is compared with on tasks that were not seen; nothing without them.
@@ -65,9 +70,10 @@ class MetaLessons:
         assert loss is not None
         with torch.no_grad():
             found = {name: x.detach().clone() for name, x in loss.start().items()}
-        facts = {} if self.recipe.test is None else {"test": self._judge(loaded, loss, found)}
+        facts = loss.facts()
+        facts |= {} if self.recipe.test is None else {"test": self._judge(loaded, loss, found)}
         loss.fold()
-        if loss.beside is not None and self.recipe.row.has_beside:
+        if loss.beside is not None and self.recipe.row.own_file:
             tensors = {name_of(name): x.detach().contiguous() for name, x in loss.beside.named_parameters()}
             self.documents[LEARNED.format(self.recipe.algorithm)] = save(tensors)
         return facts
@@ -87,16 +93,19 @@ class MetaLessons:
         sets = [read_file(file, loaded, self.planned, fits=recipe.labels_fit) for file in recipe.more_files]
         sets = lengthen_for(loaded, [self.examples, *sets])[1:]
         seed = seed_of(recipe.seed, "test")
-        episodes = Episodes(join(sets, [None] * len(sets)), recipe.ways, recipe.shots, recipe.queries, seed=seed)
+        episodes, row = self._episodes(join(sets, [None] * len(sets)), seed), recipe.row
         starts = {"start": self.before, "joint": self._joint(model, test)}
         if recipe.declaration.makes == "checkpoint":  # else a part of a model is trained, which is not drawn at random
             starts = {"random": random_start(model, self.before, seed_of(recipe.seed, "random")), **starts}
-        plain = build_loss(plain_copy(model, self.before), recipe.task, PLAIN, Inner(1, 0.1))
+        judged = row if row.kind == "edits" else PLAIN
+        plain = build_loss(plain_copy(model, self.before), recipe.task, judged, Inner(1, 0.1))
         grid = [Inner(count, rate) for rate in test.rates for count in test.steps]
         own = grid
-        if not recipe.row.adapts:
+        if not row.adapts:
             own = [Inner(0, 0.0)]
-        elif recipe.row.learns_rates:
+        elif row.learns_steps:
+            own = [loss.inner]
+        elif row.learns_rates:
             own = [Inner(count, None) for count in test.steps]
         work = {name: (plain, start, grid) for name, start in starts.items()} | {recipe.algorithm: (loss, found, own)}
         at_once, scores = -(-recipe.options.batch_size // recipe.options.accumulate), dict[str, Any]()

@@ -68,8 +68,12 @@ def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memor
             f"{recipe.model} has {labels} classes, and an episode {recipe.ways}; expected as many. Make a model with "
             f"them by `mergekit-lfm head {recipe.model} --labels {recipe.ways}`, or set ways to {labels}"
         )
-    if is_launched() and (recipe.on_disk or recipe.row.hard_tasks):
-        reason = "whose processes share a folder instead" if recipe.on_disk else "whose tasks depend on all losses"
+    if is_launched() and (recipe.on_disk or recipe.row.whole):
+        reason = (
+            "whose processes share a folder instead"
+            if recipe.on_disk
+            else "whose steps depend on all tasks or on those before"
+        )
         raise PlanError(f"torchrun shares no {recipe.algorithm}{' on disk' * recipe.on_disk}, {reason}; start it alone")
     need, memory = planned.need, total_memory() if memory is None else memory
     if need is not None and need.total > memory and planned.device == "cpu":

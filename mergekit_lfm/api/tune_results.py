@@ -56,13 +56,13 @@ def write_result(
     tuned: Tuned,
     more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> list[str]:
-    """Write the result; returns findings. more: files beside a checkpoint."""
+    """Write the result; returns findings. more: files for the folder of a checkpoint, or of an adapter."""
     facts = {name: getattr(tuned, name) for name in Tuned.__dataclass_fields__}
     planned.check_unchanged()
     if prepared.adapter is not None:
         made = prepared.adapter()
         parts = {folder: (part.config, part.tensors) for folder, part in made.parts.items()}
-        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts, parts)
+        save_adapter(planned.out, made.config, made.tensors, planned.answer, facts, parts, more)
         return []
     options = {"request": planned.answer.digest, "recipe": planned.answer.public, "result": facts}
     if prepared.attachment is not None:

@@ -9,7 +9,7 @@ import click
 
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
-from mergekit_lfm.commands.parameters import method_option, parameter_options
+from mergekit_lfm.commands.parameters import HasParameters, method_option, parameter_options
 from mergekit_lfm.commands.shell import Command, Size
 from mergekit_lfm.commands.training import data_options, step_options
 from mergekit_lfm.machine.launch import rank
@@ -37,7 +37,7 @@ judged by their --queries. Data are as for `tune`. Reptile's outer rate is 0.5, 
 With --test the result says how a random start, MODEL, joint training on the same examples, and the result do on the
 tasks of these files: each after the steps and the rate that are best for it in one grid, on episodes of their own.
 
-A second-order algorithm (maml, anil, metasgd) holds all inner steps in memory; `plan` of a recipe says how much that
+Second-order algorithms, such as maml, hold all inner steps in memory; `plan` of a recipe says how much that
 is, and a step that needs more than --memory is refused with the way out.
 
 A run that was interrupted goes on when the same command runs again. Needs the extra:
@@ -88,7 +88,7 @@ Examples:
     help="The most memory that a step may need by its estimate, such as 8GB. [default: the machine's]",
 )
 @method_option(TUNE_METHODS, "full", "The part of the model that is learned, and how.")
-@parameter_options(TUNE_METHODS)
+@parameter_options({**TUNE_METHODS, **ALGORITHMS})
 @step_options
 @click.pass_obj
 def meta(
@@ -105,7 +105,8 @@ def meta(
     from mergekit_lfm.api.meta import meta_train
     from mergekit_lfm.commands.show.initialisations import done_data, done_text
 
-    own = {parameter.name for each in TUNE_METHODS.values() for parameter in each.parameters}
+    owners: list[HasParameters] = [*TUNE_METHODS.values(), *ALGORITHMS.values()]
+    own = {parameter.name for each in owners for parameter in each.parameters}
     parameters = {name: values.pop(name) for name in own}
     values["parameters"] = {name: value for name, value in parameters.items() if value is not None}
     with going_on_later(out):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -25,7 +25,16 @@ def method_rows(methods: Mapping[str, AnyMethod]) -> str:
     return "\n".join(f"{method.name:{width}}  {method.summary}" for method in methods.values())
 
 
-def parameter_options(methods: Mapping[str, AnyMethod]) -> Callable[[F], F]:
+class HasParameters(Protocol):
+    """A method, or an algorithm, with parameters of its own."""
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]: ...
+    @property
+    def name(self) -> str: ...
+
+
+def parameter_options(methods: Mapping[str, HasParameters]) -> Callable[[F], F]:
     """One option for each parameter that some of the methods have, in the order of the methods; None if it is unset."""
     owners: dict[str, dict[str, Parameter]] = {}
     for method in methods.values():

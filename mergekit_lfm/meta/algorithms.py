@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from mergekit_lfm.meta.losses import Inner, LearnedRates, MetaLoss, Reptile, Scales
+from mergekit_lfm.meta.edits import Editable, Edits
+from mergekit_lfm.meta.episodes import Episodes
+from mergekit_lfm.meta.groups import Groups
+from mergekit_lfm.meta.losses import NOTHING, Inner, LearnedRates, MetaLoss, Reptile, Scales
 from mergekit_lfm.meta.metric import Prototypes, Relation
+from mergekit_lfm.meta.optimiser import LearnedSteps
+from mergekit_lfm.meta.regulated import Regulated
+from mergekit_lfm.meta.stream import Continual, Stream
+from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.meta_algorithms import Algorithm
+from mergekit_lfm.train.examples import Examples
 
 # Algorithms with code of their own; the others are `MetaLoss`, by what their declarations say.
 OWN: Mapping[str, type[MetaLoss]] = {
@@ -17,11 +26,28 @@ OWN: Mapping[str, type[MetaLoss]] = {
     "reptile": Reptile,
     "proto": Prototypes,
     "relation": Relation,
+    "meta_lstm": LearnedSteps,
+    "mgml": Groups,
+    "continual": Continual,
+    "editable": Editable,
+    "gram": Regulated,
 }
 
 
 def build_loss(
-    model: nn.Module, task: str, row: Algorithm, inner: Inner, head: frozenset[str] = frozenset()
+    model: nn.Module,
+    task: str,
+    row: Algorithm,
+    inner: Inner,
+    head: frozenset[str] = frozenset(),
+    settings: Mapping[str, Value] = NOTHING,
 ) -> MetaLoss:
     """The loss of an algorithm, for a model; what is learned beside the model becomes a part of it."""
-    return OWN.get(row.name, MetaLoss)(model, task, row, inner, head)
+    return OWN.get(row.name, MetaLoss)(model, task, row, inner, head, settings)
+
+
+def make_episodes(row: Algorithm, settings: Mapping[str, Value], examples: Examples, **sizes: Any) -> Episodes:
+    """The episodes that an algorithm learns from. sizes: ways, shots, queries and seed, of `Episodes`."""
+    if row.kind == "stream":
+        return Stream(examples, stay=float(settings["stay"] or 0.0), **sizes)
+    return (Edits if row.kind == "edits" else Episodes)(examples, **sizes)

@@ -89,6 +89,10 @@ class Episodes(EpisodeSource):
 
     def __post_init__(self) -> None:
         """Check that there are enough examples."""
+        self._check()
+
+    def _check(self) -> None:
+        """Raise PlanError for classes, or data sets, with too few examples, and for too few classes."""
         need = self.shots + self.queries
         few = [f"{name} has {len(found)}" for name, found in self._pools.items() if len(found) < need]
         kind = "data set" if self.ways is None else "class"
@@ -145,19 +149,26 @@ class Episodes(EpisodeSource):
 
     def _draw(self, number: int, *, hard: bool) -> tuple[list[int], list[int]]:
         """The places of an episode's classes, and its examples: the support set, by class, then the query set."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "episode", number))
-        pools, ways = [*self._pools.values()], self.ways or 1
-        places = torch.randperm(len(pools), generator=generator)
-        if hard and self.hardness is not None:
-            order = self.hardness.argsort(descending=True, stable=True)[: max(2 * ways, len(pools) // 2)]
-            places = order[torch.randperm(len(order), generator=generator)]
-        support, query, chosen = list[int](), list[int](), places[:ways].tolist()
+        generator, pools = self._generator(number, "examples"), [*self._pools.values()]
+        support, query, chosen = list[int](), list[int](), self._places(number, hard=hard)
         for pool in (pools[place] for place in chosen):
             order = torch.randperm(len(pool), generator=generator)[: self.shots + self.queries]
             examples = [pool[i] for i in order.tolist()]
             support += examples[: self.shots]
             query += examples[self.shots :]
         return chosen, [*support, *query]
+
+    def _places(self, number: int, *, hard: bool) -> list[int]:
+        """The places of an episode's classes, or of its data set."""
+        generator, ways = self._generator(number), self.ways or 1
+        places = torch.randperm(self.classes, generator=generator)
+        if hard and self.hardness is not None:
+            order = self.hardness.argsort(descending=True, stable=True)[: max(2 * ways, self.classes // 2)]
+            places = order[torch.randperm(len(order), generator=generator)]
+        return places[:ways].tolist()
+
+    def _generator(self, number: int, of: str = "episode") -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(self.seed, of, number))
 
 
 @dataclass(frozen=True, eq=False)

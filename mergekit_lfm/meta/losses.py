@@ -5,7 +5,7 @@ Parameters that an algorithm learns besides the model become a part of it, as th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from mergekit_lfm.meta.adapt import Parameters, adapt
 from mergekit_lfm.meta.episodes import CLASSES, sides
 from mergekit_lfm.meta.objective import TaskObjective
+from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.meta_algorithms import Algorithm
+from mergekit_lfm.recipe.options import defaults_of
 from mergekit_lfm.runtime.functional import functional_model
 from mergekit_lfm.train.examples import Batch
 from mergekit_lfm.train.losses import Terms
 
+NOTHING: Mapping[str, Value] = {}
 BESIDE = "meta"  # the name in a model of what is learned beside it
 
 
@@ -34,13 +37,21 @@ class Inner:
 class MetaLoss:
     """The loss of an algorithm, for a model and a task.
 
-    head: the names of the head's parameters. beside: what is learned with the model, a part of it if there is any.
+    head: the names of the head's parameters. settings: of the algorithm's parameters, where not the default. beside:
+    what is learned with the model, a part of it if there is any.
     """
 
     def __init__(
-        self, model: nn.Module, task: str, row: Algorithm, inner: Inner, head: frozenset[str] = frozenset()
+        self,
+        model: nn.Module,
+        task: str,
+        row: Algorithm,
+        inner: Inner,
+        head: frozenset[str] = frozenset(),
+        settings: Mapping[str, Value] = NOTHING,
     ) -> None:
         self.row, self.inner, self.model = row, inner, model
+        self.settings = {**defaults_of(row.parameters), **settings}
         self.objective = TaskObjective(functional_model(model), task)
         self.moves = head if row.head_only else None
         self.beside = self.build()
@@ -57,6 +68,16 @@ class MetaLoss:
 
     def fold(self) -> None:
         """Put what was learned beside the model into its parameters, where it is a part of them."""
+
+    def facts(self) -> dict[str, Any]:
+        """Facts about the training, for the result."""
+        return {}
+
+    def number(self, name: str) -> float:
+        """A setting that is a number."""
+        value = self.settings[name]
+        assert isinstance(value, int | float)
+        return value
 
     def _own(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, x) for name, x in self.model.named_parameters() if not name.startswith(f"{BESIDE}.")]
@@ -119,7 +140,7 @@ class LearnedRates(MetaLoss):
         assert rate is not None
         self.inner = Inner(self.inner.steps, None)
         return nn.ParameterDict(
-            {_key(name): nn.Parameter(torch.full_like(x, rate)) for name, x in self.start().items()}
+            {key_of(name): nn.Parameter(torch.full_like(x, rate)) for name, x in self.start().items()}
         )
 
     def rates(self) -> Parameters:
@@ -127,7 +148,7 @@ class LearnedRates(MetaLoss):
 
     def _of(self, name: str) -> Tensor:
         assert isinstance(self.beside, nn.ParameterDict)
-        rate: Tensor = self.beside[_key(name)]
+        rate: Tensor = self.beside[key_of(name)]
         return rate
 
 
@@ -147,10 +168,10 @@ class Scales(MetaLoss):
                 if name in (self.moves or ()) or not x.requires_grad:
                     continue
                 if name.endswith("bias"):
-                    scaled[_key(name)] = nn.Parameter(torch.zeros_like(x))
+                    scaled[key_of(name)] = nn.Parameter(torch.zeros_like(x))
                 else:
                     shape = [*x.shape[:1], *([x.shape[1], *[1] * (x.ndim - 2)] if x.ndim > 2 else [1])]
-                    scaled[_key(name)] = nn.Parameter(x.new_ones(shape))
+                    scaled[key_of(name)] = nn.Parameter(x.new_ones(shape))
         for name, x in self._own():
             x.requires_grad_(name in (self.moves or ()))
         return nn.ParameterDict(scaled)
@@ -159,7 +180,7 @@ class Scales(MetaLoss):
         assert isinstance(self.beside, nn.ParameterDict)
         found: dict[str, Tensor] = {name: x for name, x in self._own() if x.requires_grad}
         for name, x in self._own():
-            if (key := _key(name)) in self.beside:
+            if (key := key_of(name)) in self.beside:
                 found[name] = x + self.beside[key] if name.endswith("bias") else x * self.beside[key]
         return found
 
@@ -192,7 +213,7 @@ class Reptile(MetaLoss):
         return Terms(losses.sum() + pull - pull.detach(), len(losses))
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """The name of a parameter as a key of a ParameterDict, which may have no dots."""
     return name.replace(".", "/")
 

@@ -38,15 +38,17 @@ def save_adapter(
     request: Request,
     result: Mapping[str, Any],
     parts: Parts = MappingProxyType({}),
+    more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write an adapter that PEFT has made, with its config and names. result: facts for the lock.
 
-    parts: further adapters, in folders of OUT. Replaces OUT: call `request.is_answered` first.
+    parts: further adapters, in folders of OUT. more: files of OUT beside these. Replaces OUT: call
+    `request.is_answered` first.
     """
     _ = request.digest
     specs, header = _lay_out(tensors)
     data = {spec.name: bytes_of(tensors[spec.name].cpu().contiguous()) for spec in specs}
-    files = _documents(out.resolve().name, config)
+    files = {**_documents(out.resolve().name, config), **more}
     for folder, (own, held) in parts.items():
         files |= {f"{folder}/{name}": content for name, content in _documents(folder, own).items()}
         files[f"{folder}/{ADAPTER_WEIGHTS[0]}"] = _encode(held)

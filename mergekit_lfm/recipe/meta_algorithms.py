@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mergekit_lfm.methods.method import Parameter
 from mergekit_lfm.recipe.training import Optimizer
 
-Kind = Literal["gradient", "reptile", "metric"]
+# "edits": a task is to change some answers and no other; "stream": tasks come one after the other.
+Kind = Literal["gradient", "reptile", "metric", "edits", "stream"]
 TASKS = ("classification", "embedding", "lm", "regression")  # for which there are episodes
 
 
@@ -20,7 +22,9 @@ class Algorithm:
     optimizer: of these. first_order: the slopes of inner steps are constants. head_only: these move the head alone.
     learns_rates: a rate for each number of the model is learned with it. scales: the model stays, but for factors and
     shifts of its channels, and the head. hard_tasks: half of a step's episodes are of the classes with the largest
-    losses. inner_steps, inner_rate: of adapting, by default.
+    losses. learns_steps: the rule of the inner steps is learned, for as many as they are. own_file: what is learned
+    beside the model has a file. whole: a step depends on all its tasks at once, or on the step before, so that it is
+    not cut into parts. inner_steps, inner_rate: of adapting, by default. parameters: of the algorithm alone.
     """
 
     name: str
@@ -36,18 +40,17 @@ class Algorithm:
     learns_rates: bool = False
     scales: bool = False
     hard_tasks: bool = False
+    learns_steps: bool = False
+    own_file: bool = False
+    whole: bool = False
     inner_steps: int = 5
     inner_rate: float = 0.1
+    parameters: tuple[Parameter, ...] = ()
 
     @property
     def adapts(self) -> bool:
         """Whether there are inner steps."""
         return self.kind != "metric"
-
-    @property
-    def has_beside(self) -> bool:
-        """Whether something is learned that has a file of its own beside the model."""
-        return self.learns_rates or self.name == "relation"
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -67,7 +70,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             tasks=("classification", "regression"),
             head_only=True,
         ),
-        Algorithm("metasgd", "arXiv 1707.09835", "maml with a learned rate for each number", learns_rates=True),
+        Algorithm(
+            "metasgd", "arXiv 1707.09835", "maml with a learned rate for each number", learns_rates=True, own_file=True
+        ),
         Algorithm(
             "mtl",
             "arXiv 1812.02391",
@@ -76,6 +81,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             head_only=True,
             scales=True,
             hard_tasks=True,
+            whole=True,
         ),
         Algorithm(
             "reptile",
@@ -100,6 +106,61 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "classes by a learned comparison of vectors; no inner steps",
             kind="metric",
             tasks=("classification",),
+            own_file=True,
+        ),
+        Algorithm(
+            "meta_lstm",
+            "Ravi and Larochelle 2017, ICLR, equations 2 to 5",
+            "a learned network that makes the inner steps, number by number, from slopes and the loss",
+            first_order=True,
+            learns_steps=True,
+            own_file=True,
+            parameters=(Parameter("hidden", 20, kind="int", minimum=1, doc="numbers of the network's memory"),),
+        ),
+        Algorithm(
+            "mgml",
+            "Zhu and Li 2022, Neurocomputing",
+            "the mean of groups, each led by fomaml through its own tasks, with an adaptive momentum",
+            rate=1.0,
+            clip=0.0,
+            optimizer="sgd",
+            first_order=True,
+            whole=True,
+            parameters=(
+                Parameter("group_count", 2, kind="int", minimum=1, doc="groups of a step's tasks"),
+                Parameter("group_rate", 0.1, above=0, doc="the rate of the steps that a group takes"),
+            ),
+        ),
+        Algorithm(
+            "continual",
+            "arXiv 2003.05856",
+            "maml on tasks as they come, with fast weights that begin anew when the task has changed",
+            kind="stream",
+            first_order=True,
+            whole=True,
+            parameters=(
+                Parameter("stay", 0.9, minimum=0, maximum=1, doc="how probably the task stays the same"),
+                Parameter("threshold", 1.0, above=0, doc="the fall of the loss in a step that tells a new task"),
+                Parameter("smoothing", 1.0, above=0, doc="how soon a loss counts fully for the slow weights"),
+            ),
+        ),
+        Algorithm(
+            "editable",
+            "arXiv 2004.00345",
+            "a model that keeps its task, and few steps change some answers and no others",
+            kind="edits",
+            tasks=("classification", "lm"),
+            parameters=(
+                Parameter("edit_weight", 1.0, minimum=0, doc="the weight of answers that are to change"),
+                Parameter("locality_weight", 1.0, minimum=0, doc="the weight of answers that are to stay"),
+            ),
+        ),
+        Algorithm(
+            "gram",
+            "arXiv 2303.06571",
+            "maml with a learned gate for slopes, judged by the next task too; for prompts",
+            own_file=True,
+            whole=True,
         ),
     )
 }

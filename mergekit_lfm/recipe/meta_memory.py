@@ -12,6 +12,7 @@ from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 FLOAT = 4  # bytes of a number: models compute in float32
 WINDOW = 128  # tokens of an example, where the recipe does not limit them
 WIDTHS, BLOCKS, SCORES = 12, 4, 3  # of a layer: hidden and MLP widths for each token, and tables of attention
+STEP = 9  # numbers of a learned step for each number of the model and of the network's memory
 GRAPH = 3  # a pass and its slope as torch.func keeps them, to be derived again, in passes
 
 
@@ -48,6 +49,9 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
     weights = FLOAT * numbers
     if not row.adapts:
         task = support + query
+    elif row.learns_steps:
+        kept = STEP * int(recipe.own_settings["hidden"] or 0) + 3
+        task = max(GRAPH * support, query) + steps * kept * weights
     elif row.kind == "reptile":
         task = GRAPH * (support + query) + 3 * weights
     elif row.first_order:

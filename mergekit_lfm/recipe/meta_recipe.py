@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.kinds import TuneMethod
+from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import Where
 from mergekit_lfm.recipe.form import Strict
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
+from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of
 from mergekit_lfm.recipe.problems import Problem, problem_at
 from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
 from mergekit_lfm.recipe.tune_options import check_makes
@@ -23,6 +25,7 @@ RATES, STEPS = (0.003, 0.01, 0.03, 0.1, 0.3), (1, 5, 10)  # the grid of the test
 # Settings of a training that a loss over episodes has no place for.
 UNUSED = ("loss", "dev", "train", "phases", "held_out", "checkpointing", "autocast", "evaluate_every", "patience")
 ON_DISK_UNUSED = ("queries", "accumulate", "weight_decay", "clip", "groups")  # the outer step is a merge
+PROMPTS = ("prompt", "p_tuning")  # methods whose prompt is a function of parameters, as torch.func needs it
 CHANGING = ("mask", "lp_ft", "layerwise")  # methods whose trained part is another one in each step
 
 
@@ -53,6 +56,8 @@ class TestEntry(Strict):
 class MetaRecipe(TrainingRecipe):
     """A meta-learning as the user wrote it. algorithm: one of `ALGORITHMS`; method: of `tune`, what is learned.
 
+    parameters: of the algorithm, and of the method.
+
     ways: classes of an episode; without it each data file is a task. shots, queries: examples to adapt on, and to judge
     by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the algorithm's. steps: outer
     ones, each over `batch_size` tasks. test: how the result, the start, a random start and joint training are judged.
@@ -74,6 +79,7 @@ class MetaRecipe(TrainingRecipe):
     batch_size: int = Field(default=4, strict=True)
 
     _tests: tuple[DataFile, ...] = PrivateAttr(default=())
+    _own: dict[str, Value] = PrivateAttr(default_factory=dict)
 
     @property
     def row(self) -> Algorithm:
@@ -101,6 +107,23 @@ class MetaRecipe(TrainingRecipe):
     def more_files(self) -> tuple[DataFile, ...]:
         return self._tests
 
+    def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
+        row = ALGORITHMS.get(self.algorithm)
+        own = readers_of(() if row is None else row.parameters)
+        given = {name: value for name, value in self.parameters.items() if name in own}
+        values, problems = read_options(given, own, self.algorithm, "parameters")
+        self._own = {**defaults_of(() if row is None else row.parameters), **values}
+        return [*problems, *super()._read_settings(method, where)]
+
+    @property
+    def _method_parameters(self) -> dict[str, Any]:
+        return {name: value for name, value in self.parameters.items() if name not in self._own}
+
+    @property
+    def own_settings(self) -> Mapping[str, Value]:
+        """A value for each parameter of the algorithm."""
+        return self._own
+
     def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
         row = ALGORITHMS.get(self.algorithm)
         if row is None:
@@ -110,30 +133,41 @@ class MetaRecipe(TrainingRecipe):
                 "algorithm", sentence, found=repr(self.algorithm), expected=", ".join(ALGORITHMS), cure=cure
             )
             return
-        yield from check_makes(method)
+        if method.name not in PROMPTS:
+            yield from check_makes(method)
         if method.name in CHANGING:
             yield problem_at("method", FOUND, found=method.name, expected="one that trains the same part in each step")
         if self.task not in row.tasks:
             yield problem_at("task", FOUND, found=repr(self.task), expected=f"{' or '.join(row.tasks)} for {row.name}")
-        if row.has_beside and method.makes != "checkpoint":
-            expected = f"one that makes a checkpoint, which {row.name} puts a file beside"
+        if row.own_file and method.makes not in ("checkpoint", "adapter", "prompt"):
+            expected = f"one that makes a folder, into which {row.name} puts a file"
             yield problem_at("method", FOUND, found=method.name, expected=expected)
         for name in UNUSED:
             if getattr(self, name) not in (None, False, (), {}):
                 yield problem_at(name, FOUND, found="it", expected="none in a meta-learning; leave it out")
         if self.ways is not None and self.task != "classification":
             yield problem_at("ways", FOUND, found=str(self.ways), expected="none for a task without classes")
+        yield from self._check_tasks(row)
+        yield from self._check_on_disk(row)
+        if not row.adapts and (self.inner_steps or self.inner_rate):
+            yield problem_at("inner_steps", FOUND, found="it", expected=f"none for {row.name}, which does not adapt")
+
+    def _check_tasks(self, row: Algorithm) -> Iterator[Problem]:
+        """The problems of the tasks, and of how many a step has."""
         if self.ways is None and row.kind == "metric":
             yield problem_at("ways", FOUND, found="none", expected=f"the classes of an episode, for {row.name}")
         if self.ways is None and len(self.data) < 2:
             expected = "several, each a task, or `ways` for episodes of classes"
             yield problem_at("data", FOUND, found="one file", expected=expected)
-        if row.hard_tasks and self.accumulate > 1:
-            expected = f"1 for {row.name}, whose hard classes are those of the step before"
+        if self.ways is not None and (row.kind == "edits" or row.name == "gram"):
+            of = "the first of changed answers" if row.kind == "edits" else "each a domain"
+            yield problem_at("ways", FOUND, found=str(self.ways), expected=f"none for {row.name}: data files, {of}")
+        if row.whole and self.accumulate > 1:
+            expected = f"1 for {row.name}, whose steps are not cut into parts"
             yield problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected)
-        yield from self._check_on_disk(row)
-        if not row.adapts and (self.inner_steps or self.inner_rate):
-            yield problem_at("inner_steps", FOUND, found="it", expected=f"none for {row.name}, which does not adapt")
+        if self.batch_size % int(self._own.get("group_count") or 1):
+            expected = f"a multiple of group_count, {self._own['group_count']}"
+            yield problem_at("batch_size", FOUND, found=str(self.batch_size), expected=expected)
 
     def _check_on_disk(self, row: Algorithm) -> Iterator[Problem]:
         """The problems of a meta-learning over checkpoints."""
@@ -175,7 +209,9 @@ class MetaRecipe(TrainingRecipe):
         own |= {"inner_steps": steps, "inner_rate": rate} if self.row.adapts else {}
         own |= {"test": self.test.facts} if self.test is not None else {}
         own |= {"on_disk": True} if self.on_disk else {}
-        return {**super().normalised(), **own, "optimizer": self.options.optimizer}
+        whole = super().normalised()
+        parameters = {"parameters": {**whole["parameters"], **self._own}}
+        return {**whole, **parameters, **own, "optimizer": self.options.optimizer}
 
 
 def check_grid(test: TestEntry) -> Iterator[Problem]:

@@ -110,7 +110,7 @@ class TrainingRecipe(JobForm):
 
     def _read_settings(self, method: TuneMethod[Any], where: Where) -> list[Problem]:
         """Read what depends on the method; the problems."""
-        self._settings, problems = read_parameters(method, self.parameters)
+        self._settings, problems = read_parameters(method, self._method_parameters)
         if method.loads is not None and self.task != "classification":
             expected = f"classification for {method.name}"
             problems.append(problem_at("task", FOUND, found=repr(self.task), expected=expected))
@@ -147,6 +147,11 @@ class TrainingRecipe(JobForm):
         except PlanError as error:
             problems.append(Problem("", str(error)))
         return problems
+
+    @property
+    def _method_parameters(self) -> dict[str, Any]:
+        """The parameters that are the method's."""
+        return self.parameters
 
     def _check_loss(self, method: TuneMethod[Any]) -> Iterator[Problem]:
         """The problems of the loss."""

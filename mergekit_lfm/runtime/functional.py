@@ -7,7 +7,8 @@ which a function over many tasks at once (vmap) cannot do, so it becomes an addi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +23,14 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class FunctionalModel:
-    """A model whose parameters are arguments. causal: whether a token of a text sees only those before it."""
+    """A model whose parameters are arguments. causal: whether a token of a text sees only those before it.
+
+    core: the model of transformers within, whose masks are made additive; by default the model.
+    """
 
     model: nn.Module
     causal: bool = False
+    core: nn.Module | None = None
 
     def at(self, parameters: Parameters) -> BoundModel:
         """The model with other values for some of its parameters, by their names."""
@@ -38,34 +43,54 @@ class BoundModel(nn.Module):
     def __init__(self, function: FunctionalModel, parameters: Parameters) -> None:
         super().__init__()
         self.run = partial(torch.func.functional_call, function.model, dict(parameters))
-        self.causal = function.causal
+        self.function = (function.core or function.model, function.causal)  # in a tuple, so that it isn't a submodule
 
     def forward(self, *inputs: Tensor, **named: Any) -> Any:
         """The output of the model."""
+        core, causal = self.function
+        with _additive_masks(core, causal=causal):
+            return self.run(inputs, named)
+
+
+@contextmanager
+def _additive_masks(core: nn.Module, *, causal: bool) -> Iterator[None]:
+    """A mask of padding that a model is given comes as an additive one."""
+
+    def change(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = named.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            dtype = next((x.dtype for x in named.values() if x.is_floating_point()), torch.float32)
-            named = {**named, "attention_mask": additive_mask(mask, dtype, causal=self.causal)}
-        return self.run(inputs, named)
+            floats = (x.dtype for x in named.values() if isinstance(x, Tensor) and x.is_floating_point())
+            mask = additive_mask(mask, next(floats, torch.float32), causal=causal)
+        return inputs, named | ({} if mask is None else {"attention_mask": mask})
+
+    handle = core.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def functional_model(model: nn.Module) -> FunctionalModel:
     """A model as a function of its parameters. The model itself computes attention in the plain way from then on."""
-    use_plain_attention(model)
+    core = use_plain_attention(model)
     trunk: Any = getattr(model, getattr(model, "base_model_prefix", "") or "base_model", model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is None:  # no model of texts
-        return FunctionalModel(model)
-    return FunctionalModel(model, not looks_ahead(trunk, None, lambda output: output[0]))
+        return FunctionalModel(model, core=core)
+    return FunctionalModel(model, not looks_ahead(trunk, None, lambda output: output[0]), core)
 
 
-def use_plain_attention(model: nn.Module) -> None:
-    """Have a model of transformers compute attention in the plain way, which alone shows it and has two slopes."""
+def use_plain_attention(model: nn.Module) -> nn.Module | None:
+    """Have a model of transformers compute attention in the plain way, which alone shows it and has two slopes.
+
+    The model of transformers within, if there is one.
+    """
     for module in model.modules():
-        choose: Any = getattr(module, "set_attn_implementation", None)
-        if choose is not None:
-            choose("eager")
-            return
+        if hasattr(type(module), "set_attn_implementation"):  # its own, not one of a model within
+            core: Any = module
+            core.set_attn_implementation("eager")
+            return module
+    return None
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype = torch.float32, *, causal: bool) -> Tensor:

@@ -78,7 +78,7 @@ def test_a_model_is_learned_from_episodes_and_judged_on_new_classes() -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", ["maml", "mtl", "relation", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "mtl", "relation", "reptile", "mgml", "continual", "meta_lstm"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {**CLASSES, **HOW, "algorithm": name, "inner_steps": None if name == "relation" else 1}
     meta_train("bert", "seen.jsonl", "whole", **how)
@@ -103,10 +103,11 @@ def test_files_are_tasks_and_an_adapter_is_learned() -> None:
     files = [f"pairs{number}.jsonl" for number in range(2)]
     test = {"data": "pairs2.jsonl", "episodes": 3, "rates": [0.1], "steps": [1]}
     options: dict[str, Any] = {"task": "embedding", "method": "lora", "parameters": {"rank": 2}, "test": test}
-    made = meta_train("encoder", files, "out", algorithm="fomaml", **options, **HOW)
-    assert made.result.makes == "adapter" and list(made.result.facts["test"]) == ["start", "joint", "fomaml"]
+    made = meta_train("encoder", files, "out", algorithm="metasgd", **options, **HOW)
+    assert made.result.makes == "adapter" and list(made.result.facts["test"]) == ["start", "joint", "metasgd"]
     tensors = load_file("out/adapter_model.safetensors")
     assert any(bool(x.any()) for name, x in tensors.items() if "lora_B" in name)
+    assert len(load_file("out/meta-metasgd.bin")) == len(tensors)
 
 
 @pytest.mark.usefixtures("here")
@@ -118,6 +119,32 @@ def test_files_of_one_classification_are_tasks_with_the_models_classes() -> None
     assert made.result.steps == 3
     with pytest.raises(PlanError, match="found the label 3; expected 0 to 2, the classes of the head"):
         meta_train("bert", ["task0.jsonl", "seen.jsonl"], "other", **how)
+
+
+@pytest.mark.usefixtures("here")
+def test_domains_make_a_prompt_and_a_gate_of_its_slopes() -> None:
+    """PEFT's prompt, as `tune` makes it; what is judged adapts through the gate."""
+    for number in (0, 1, 2):
+        write_texts(Path(f"task{number}.jsonl"), 3)
+    how: dict[str, Any] = {**CLASSES, **HOW, "ways": None, "algorithm": "gram", "parameters": {"tokens": 2}}
+    how |= {"test": {"data": "task2.jsonl", "episodes": 3, "rates": [0.1], "steps": [1]}}
+    for method in ("prompt", "p_tuning"):
+        made = meta_train("bert", ["task0.jsonl", "task1.jsonl"], method, method=method, **how)
+        assert made.result.makes == "prompt" and list(made.result.facts["test"]) == ["start", "joint", "gram"]
+        assert load_file(f"{method}/adapter_model.safetensors")["prompt_embeddings"].shape[0] == 2
+    gates = load_file("prompt/meta-gram.bin")
+    (gate,) = (x for name, x in gates.items() if "prompt_encoder" in name)
+    assert gate.shape[0] == 2 and bool(gate.any())
+
+
+@pytest.mark.usefixtures("here")
+def test_a_model_is_made_editable_and_judged_by_edits() -> None:
+    write_texts(Path("wrong.jsonl"), 3, first=4)
+    test = {"data": ["wrong.jsonl", "new.jsonl"], "episodes": 4, "rates": [0.1], "steps": [1, 2]}
+    how: dict[str, Any] = {**CLASSES, **HOW, "ways": None, "algorithm": "editable", "shots": 1, "test": test}
+    write_texts(Path("right.jsonl"), 3)
+    made = meta_train("bert", ["wrong.jsonl", "right.jsonl"], "out", **how)
+    assert list(made.result.facts["test"]) == ["random", "start", "joint", "editable"]
 
 
 @pytest.mark.usefixtures("here")
@@ -136,7 +163,9 @@ def test_defaults_of_the_outer_steps_are_those_of_the_algorithm() -> None:
 def test_processes_of_torchrun_are_refused_where_they_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("TORCHELASTIC_RUN_ID", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(PlanError, match="torchrun shares no mtl, whose tasks depend on all losses; start it alone"):
+    with pytest.raises(
+        PlanError, match="torchrun shares no mtl, whose steps depend on all tasks or on those before; start it alone"
+    ):
         meta_train("bert", "seen.jsonl", "out", **{**CLASSES, **HOW, "algorithm": "mtl"})
 
 
@@ -145,18 +174,29 @@ REFUSED = [
     ({"ways": 4}, "bert has 3 classes, and an episode 4; expected as many"),
     ({"ways": None}, "data: found one file, expected several, each a task, or `ways`"),
     ({"queries": 4}, "an episode needs 2 and 4 other examples of each class, together 6; class 0 has 5"),
-    ({"algorithm": "mtl", "accumulate": 2}, "accumulate: found 2, expected 1 for mtl, whose hard classes"),
+    (
+        {"algorithm": "mtl", "accumulate": 2},
+        "accumulate: found 2, expected 1 for mtl, whose steps are not cut into parts",
+    ),
     (
         {"algorithm": "reptile", "on_disk": True, "ways": None, "clip": 1.0},
         "clip: found it, expected none with on_disk",
     ),
     ({"dev": 0.1}, "dev: found it, expected none in a meta-learning"),
     ({"method": "mask"}, "method: found mask, expected one that trains the same part in each step"),
-    ({"method": "lora", "algorithm": "metasgd"}, "expected one that makes a checkpoint, which metasgd puts a file"),
+    ({"method": "bitfit", "algorithm": "metasgd"}, "expected one that makes a folder, into which metasgd puts a file"),
     ({"algorithm": "proto", "task": "embedding"}, "task: found 'embedding', expected classification for proto"),
     ({"memory": 2_000_000}, "a step needs some .* choose an algorithm that holds one pass \\(fomaml, or reptile\\)"),
     ({"test": {"data": "new.jsonl", "rates": [-1]}}, "test.rates: found \\[-1.0\\], expected numbers above 0"),
     ({"test": "gone.jsonl"}, "test.data\\[0\\].path"),
+    ({"parameters": {"group_count": 2}}, "parameters.group_count"),
+    (
+        {"algorithm": "mgml", "parameters": {"group_count": 3}},
+        "batch_size: found 2, expected a multiple of group_count",
+    ),
+    ({"algorithm": "continual", "parameters": {"stay": 2}}, "parameters.stay"),
+    ({"algorithm": "editable"}, "ways: found 3, expected none for editable: data files, the first of changed answers"),
+    ({"algorithm": "gram", "method": "prefix"}, "method: found prefix, expected a method that trains"),
 ]
 
 
