@@ -6,8 +6,8 @@
 Classes are scikit-learn's digits, each at a random place of a canvas of 10 x 10, in four rotations, but 0, 1, 6, 8
 and 9 in two, as a half turn makes them, or one of the others, again. The classes of three digits are for the test. A
 task is five classes. A network of three convolutions adapts to one or five images of each by plain descent. Numbers
-are accuracy in percent on 15 other images of each class, over 200 episodes: each start in the cell of one grid of
-rates and steps that is best for it on 200 other episodes. Prototypes and relations have no grid. Means over seeds,
+are accuracy in percent on 15 other images of each class, over 100 episodes: each start in the cell of one grid of
+rates and steps that is best for it on 100 other episodes. Prototypes and relations have no grid. Means over seeds,
 with standard errors.
 """
 
@@ -36,7 +36,7 @@ from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples
 from mergekit_lfm.train.loop import fit
 
-WAYS, QUERIES, TESTED, SIDE = 5, 15, 200, 10
+WAYS, QUERIES, TESTED, SIDE = 5, 15, 100, 10
 GRID = [Inner(count, rate) for rate in (0.01, 0.03, 0.1, 0.2, 0.4) for count in (1, 3, 10, 30)]
 TASKS = 4  # of an outer step
 HALF = (0, 1, 6, 8, 9)  # digits with two rotations
