@@ -11,7 +11,7 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.shell import Command
-from mergekit_lfm.recipe.meta_teachers import WITHOUT_DATA
+from mergekit_lfm.recipe.without_data import WITHOUT_DATA
 
 COUNT, RATE, AMOUNT = click.IntRange(min=1), click.FloatRange(0, min_open=True), click.FloatRange(0)
 
