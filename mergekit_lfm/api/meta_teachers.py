@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.meta.black_box import BlackBox
-from mergekit_lfm.meta.fusion import Fusion, Moves, RobustFit, nominal
+from mergekit_lfm.meta.fusion import fuse
 from mergekit_lfm.meta.losses import BESIDE, Inner
 from mergekit_lfm.meta.pool import Pool, PoolEpisodes
 from mergekit_lfm.meta.without_data import BiDf, Purer
@@ -36,7 +37,7 @@ from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.places import beside, remove
-from mergekit_lfm.train.examples import Batches, seed_of
+from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import STATE, History, fit
 from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.processes import current_group
@@ -75,6 +76,7 @@ def meta_from_teachers(
     inner_steps: int | None = None,
     inner_rate: float | None = None,
     images: int | None = None,
+    image_steps: int | None = None,
     image_rate: float | None = None,
     size: int | None = None,
     low: float | None = None,
@@ -146,19 +148,10 @@ def _text_of(found: FoundModel) -> str:
 
 def _fuse(planned: PlannedInitialisation, progress: Progress, threads: int | None) -> list[str]:  # noqa: ARG001
     """The weights that a network predicts for the mean embedding."""
-    recipe = planned.recipe
-    flat = torch.stack([_flat(each, planned.floats) for each in planned.teachers])  # [teachers, numbers]
-    centre = flat.mean(0)
-    unit = (flat - centre).square().mean().sqrt()
-    if not unit > 0:
-        raise PlanError("the teachers have the same numbers; expected models of different tasks. Give others")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed_of(recipe.seed, "fusion"))
-        fusion = Fusion(len(flat), flat.shape[1]).to(planned.device)
-    targets = ((flat - centre) / unit).to(planned.device)
-    moves = Moves(len(flat), seed=recipe.seed)
-    history = _fit(planned, fusion, moves, RobustFit(targets, recipe.radius), progress)
-    made, changed, first = centre + unit * nominal(fusion).cpu(), dict[str, Tensor](), 0
+    flat = torch.stack([_flat(each, planned.floats) for each in planned.teachers]).to(planned.device)
+    with _showing(planned, progress) as how:
+        found, history = fuse(flat, planned.recipe.radius, planned.recipe.options, **how)
+    made, changed, first = found.cpu(), dict[str, Tensor](), 0
     for name in planned.floats:
         spec = planned.source[name]
         part = made[first : first + spec.numel].reshape(spec.shape)
@@ -181,7 +174,8 @@ def _from_images(planned: PlannedInitialisation, progress: Progress, threads: in
     student, calls = ImageStudent(loaded), torch.zeros(2, dtype=torch.long)
     with frozen(teachers):
         loss, episodes = _lessons(planned, loaded, teachers, calls)
-        history = _fit(planned, loaded.model, episodes, loss, progress)
+        with _showing(planned, progress) as how:
+            history = fit(loaded.model, episodes, loss, recipe.options, **how)
     delattr(loaded.model, BESIDE)
     asked, requests = calls.tolist() if recipe.algorithm == "bidf" else (None, None)
     return _save(planned, student.changes(), _result(planned, history, asked, requests))
@@ -201,25 +195,22 @@ def _lessons(
     sizes = (len(teachers), classes, recipe.count, recipe.shots, recipe.queries)
     episodes = PoolEpisodes(*sizes, alone, seed=recipe.seed)
     if alone:
-        boxes = [BlackBox(each, calls) for each in teachers]
-        loss = BiDf(loaded.model, inner, boxes, pool, "pixel_values", directions=recipe.directions, seed=recipe.seed)
-        return loss, episodes
-    return Purer(loaded.model, inner, teachers, pool, recipe.curriculum, "pixel_values"), episodes
+        boxes, directions = [BlackBox(each, calls) for each in teachers], recipe.directions
+        how: dict[str, Any] = {"directions": directions, "first": recipe.image_steps, "seed": recipe.seed}
+        return BiDf(loaded.model, inner, boxes, pool, "pixel_values", **how), episodes
+    how = {"curriculum": recipe.curriculum, "first": recipe.image_steps}
+    return Purer(loaded.model, inner, teachers, pool, "pixel_values", **how), episodes
 
 
-def _fit(
-    planned: PlannedInitialisation, model: torch.nn.Module, batches: Batches, loss: Loss, progress: Progress
-) -> History:
+@contextmanager
+def _showing(planned: PlannedInitialisation, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The arguments of `fit` that show a training, and keep its state."""
     with progress.by_step(" steps", "meta-learning") as report:
-        return fit(
-            model,
-            batches,
-            loss,
-            planned.recipe.options,
-            place=planned.training,
-            request=planned.request.digest,
-            tell=lambda done, whole, line: report(done, whole, f"loss {line['loss']:.4g}"),
-        )
+        yield {
+            "place": planned.training,
+            "request": planned.request.digest,
+            "tell": lambda done, whole, line: report(done, whole, f"loss {line['loss']:.4g}"),
+        }
 
 
 def _result(

@@ -61,6 +61,9 @@ Examples:
 @click.option("--inner-steps", type=COUNT, help="Steps of adapting. [default: 5]")
 @click.option("--inner-rate", type=RATE, help="The learning rate of adapting. [default: 0.1]")
 @click.option("--images", type=COUNT, help="Images of each class. [default: twice the larger of shots and queries]")
+@click.option(
+    "--image-steps", type=click.IntRange(min=0), help="Steps before, in which images alone change. [default: 50]"
+)
 @click.option("--image-rate", type=RATE, help="The rate by which images change. [default: 0.1]")
 @click.option("--size", type=COUNT, help="Height and width of images. [default: the model's]")
 @click.option("--low", type=float, help="The least value of a pixel. [default: the image processor's, else 0]")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.meta.episodes import EpisodeSource
+from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Batch, seed_of
+from mergekit_lfm.train.loop import History, Tell, fit
 from mergekit_lfm.train.losses import Terms
 
 WIDTH, HIDDEN = 8, 32  # numbers of an embedding, and of the hidden layer
@@ -109,6 +113,31 @@ class RobustFit:
 
 @torch.no_grad()
 def nominal(model: Fusion) -> Tensor:
-    """The numbers of the model of the mean embedding, [numbers]: the initialisation."""
+    """The numbers of the model of the mean embedding, [numbers]."""
     made: Tensor = model(model.tasks.mean(0, keepdim=True))[0]
     return made
+
+
+def fuse(
+    flat: Tensor,
+    radius: float,
+    options: Options,
+    *,
+    place: Path | None = None,
+    request: str = "",
+    tell: Tell | None = None,
+) -> tuple[Tensor, History]:
+    """The initialisation from the numbers of teachers [teachers, numbers]: those of the mean embedding.
+
+    place, request, tell: as of `fit`. Raises PlanError for teachers that are the same.
+    """
+    centre = flat.mean(0)
+    unit = (flat - centre).square().mean().sqrt()
+    if not unit > 0:
+        raise PlanError("the teachers have the same numbers; expected models of different tasks. Give others")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed_of(options.seed, "fusion"))
+        fusion = Fusion(*flat.shape).to(flat.device)
+    loss, moves = RobustFit((flat - centre) / unit, radius), Moves(len(flat), seed=options.seed)
+    history = fit(fusion, moves, loss, options, place=place, request=request, tell=tell)
+    return centre + unit * nominal(fusion), history

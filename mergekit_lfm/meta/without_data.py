@@ -5,7 +5,7 @@ These are a part of the model's state, as all that is learned beside it, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from mergekit_lfm.runtime.load import logits
 from mergekit_lfm.train.examples import Batch, seed_of
 from mergekit_lfm.train.losses import SCORES, Terms
 
-SMOOTH: Mapping[str, float] = {"total_variation": 0.3, "l2": 0.03}  # terms of pixels alone
+SMOOTH: Mapping[str, float] = {"total_variation": 3.0, "l2": 0.03}  # terms of pixels alone
 PATIENCE = 6  # steps without a better share of right answers until episodes are made harder; the authors' code's
 AGREED = 1e-12  # the least probability in a logarithm
 
@@ -39,14 +39,35 @@ class SoftObjective(TaskObjective):
 
 
 class _FromPool(MetaLoss):
-    """A loss over episodes of a pool's images. image: the name of the model's input."""
+    """A loss over episodes of a pool's images. image: the name of the model's input.
 
-    def __init__(self, model: nn.Module, inner: Inner, pool: Pool, image: str) -> None:
-        self.pool, self.image = pool, image
+    first: steps in which images alone change, those of all teachers, before the model learns from them.
+    """
+
+    def __init__(self, model: nn.Module, inner: Inner, pool: Pool, image: str, first: int) -> None:
+        self.pool, self.image, self.first = pool, image, first
+        self.steps = torch.zeros(1, dtype=torch.long)
+        pool.register_buffer("steps", self.steps)
         super().__init__(model, "classification", ALGORITHMS["maml"], inner)
 
     def build(self) -> nn.Module:
         return self.pool
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Terms:  # noqa: ARG002
+        """The loss of the images in the first steps, and then the sum of the episodes' losses, with that for images."""
+        is_first = int(self.steps) < self.first
+        self.steps += 1
+        if is_first:
+            return Terms(self.recover(), 1)
+        return self.learn(batch)
+
+    def recover(self) -> Tensor:
+        """The loss of all images, a scalar."""
+        raise NotImplementedError
+
+    def learn(self, batch: Batch) -> Terms:
+        """The sum of the episodes' losses; its gradient in the images is that of their own loss, too."""
+        raise NotImplementedError
 
     def episodes(self, images: Tensor, batch: Batch, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with images [n, ...] in place of their numbers. labels: of both sides."""
@@ -69,9 +90,17 @@ class Purer(_FromPool):
     """
 
     def __init__(
-        self, model: nn.Module, inner: Inner, teachers: Sequence[nn.Module], pool: Pool, curriculum: float, image: str
+        self,
+        model: nn.Module,
+        inner: Inner,
+        teachers: Sequence[nn.Module],
+        pool: Pool,
+        image: str,
+        *,
+        curriculum: float,
+        first: int = 0,
     ) -> None:
-        super().__init__(model, inner, pool, image)
+        super().__init__(model, inner, pool, image, first)
         self.curriculum = curriculum
         norms = [{"bn": 1.0} if batchnorms(each) else {} for each in teachers]
         self.terms = [{"one_hot": 1.0, **SMOOTH, **norm} for norm in norms]
@@ -80,8 +109,10 @@ class Purer(_FromPool):
         pool.register_buffer("best", self.best)
         pool.register_buffer("waited", self.waited)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:  # noqa: ARG002
-        """The sum of the episodes' losses, whose gradient in the images is the inversion's, or the curriculum's."""
+    def recover(self) -> Tensor:
+        return self.inversion(torch.cat([self.pool.images(t) for t in range(len(self.observers))]))
+
+    def learn(self, batch: Batch) -> Terms:
         images = torch.cat([self.pool.images(t) for t in range(len(self.observers))])
         harder = int(self.waited) >= PATIENCE
         shown = _against(images, self.curriculum) if harder else images.detach()
@@ -132,36 +163,33 @@ class BiDf(_FromPool):
         *,
         directions: int,
         border: float = 1.0,
+        first: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, inner, pool, image)
+        super().__init__(model, inner, pool, image, first)
         self.teachers, self.directions, self.border, self.seed = teachers, directions, border, seed
         self.objective = SoftObjective(self.objective.model, "classification")
-        self.steps = torch.zeros(1, dtype=torch.long)
-        pool.register_buffer("steps", self.steps)
         pool.register_buffer("calls", teachers[0].calls)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Terms:  # noqa: ARG002
-        """The sum of the episodes' losses, and in the images the zero-order gradients of theirs."""
-        labels = self._soft_labels(batch)
-        chances, pull = dict[int, Tensor](), torch.zeros((), device=self.pool.raw[0].device)
-        for teacher in sorted({t for t in batch[TEACHER].tolist() if t != MIXED}):
-            images = self.pool.images(teacher)
-            chances[teacher] = self.teachers[teacher].scores(images)
-            slope = self._slope(teacher, images.detach(), chances[teacher])
-            pull = pull + (images * slope).sum() + _smoothness(images) * len(images)
-        self.steps += 1
+    def recover(self) -> Tensor:
+        return torch.stack([self._ask(teacher, at_border=False)[1] for teacher in range(len(self.teachers))]).sum()
+
+    def learn(self, batch: Batch) -> Terms:
+        labels, asked = self._soft_labels(batch), sorted({t for t in batch[TEACHER].tolist() if t != MIXED})
+        answers = {teacher: self._ask(teacher) for teacher in asked}
+        pull = sum((loss for _, loss in answers.values()), torch.zeros((), device=self.pool.raw[0].device))
         for row, teacher in enumerate(batch[TEACHER].tolist()):
             if teacher != MIXED:
                 first = teacher * self.pool.classes
                 order = batch[CLASSES][row] - first
                 for side in (SUPPORT, QUERY):
-                    asked = batch[f"{side}{NUMBER}"][row] - first * self.pool.count
-                    labels[side][row] = chances[teacher][asked][:, order]
+                    places = batch[f"{side}{NUMBER}"][row] - first * self.pool.count
+                    labels[side][row] = answers[teacher][0][places][:, order]
         with torch.no_grad():
             images = torch.cat([self.pool.images(t) for t in range(len(self.teachers))])
         start, whole = self.start(), self.episodes(images, batch, labels)
         losses: Tensor = over_tasks(lambda support, query: self.loss_of(start, support, query), whole)
+        pull = pull * len(losses)
         return Terms(losses.sum() + pull - pull.detach(), len(losses))
 
     def _soft_labels(self, batch: Batch) -> dict[str, Tensor]:
@@ -169,19 +197,30 @@ class BiDf(_FromPool):
         classes = self.pool.classes
         return {side: nn.functional.one_hot(batch[f"{side}labels"], classes).float() for side in (SUPPORT, QUERY)}
 
-    def _slope(self, teacher: int, images: Tensor, chances: Tensor) -> Tensor:
-        """The zero-order gradient of the images' losses in their pixels. chances: what the teacher says of them."""
+    def _ask(self, teacher: int, *, at_border: bool = True) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities for its images, and a scalar: their loss, with the zero-order gradient.
+
+        at_border: whether those of query sets are to lie there, too.
+        """
+        images = self.pool.images(teacher)
+        chances = self.teachers[teacher].scores(images)
+        border = torch.arange(self.pool.count, device=images.device) >= self.pool.count // 2
+        border = border.repeat(self.pool.classes)
+        mine = self._chances(images.detach(), chances, ~border) if at_border else chances
+        facts = partial(self._losses, self.pool.targets, border & at_border, mine)
+        base = facts(chances)
+        pull = (images * self._slope(teacher, images.detach(), facts, base)).sum() / len(images)
+        return chances, base.mean() + pull - pull.detach() + _smoothness(images)
+
+    def _slope(self, teacher: int, images: Tensor, facts: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
+        """The zero-order gradient of the images' losses in their pixels. facts: from probabilities to losses."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "directions", int(self.steps), teacher))
-        at_border = torch.arange(self.pool.count, device=images.device) >= self.pool.count // 2
-        at_border = at_border.repeat(self.pool.classes)
-        mine = self._chances(images, chances, ~at_border)
-        facts = partial(self._losses, self.pool.targets, at_border, mine)
 
         def loss(moved: Tensor) -> Tensor:
             return facts(self.teachers[teacher].scores(moved))
 
         distance = DISTANCE * (self.pool.high - self.pool.low)
-        return zero_order_gradient(loss, images, self.directions, distance, generator, base=facts(chances))
+        return zero_order_gradient(loss, images, self.directions, distance, generator, base)
 
     def _chances(self, images: Tensor, chances: Tensor, support: Tensor) -> Tensor:
         """The probabilities of the model once it has adapted to a teacher. support: which images are to learn on."""

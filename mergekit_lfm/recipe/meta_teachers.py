@@ -37,8 +37,9 @@ class TeachersRecipe(JobForm):
     teachers: models of other tasks each. algorithm: one of `WITHOUT_DATA`. steps, learning_rate: of the training;
     batch_size: episodes of a step. shots, queries: images of each class to adapt on, and to judge by; inner_steps,
     inner_rate: of adapting. images: of each class of a teacher, by default twice the larger of shots and queries;
-    image_rate: by which they change. size, low, high: as of `synthesise`. radius: of dro's ball, where embeddings have
-    length 1. curriculum: the weight of purer's harder episodes, 0 for none. directions: along which bidf asks.
+    image_steps: before the others, in which images alone change; image_rate: by which they do. size, low, high: as of
+    `synthesise`. radius: of dro's ball, where embeddings have length 1. curriculum: the weight of purer's harder
+    episodes, 0 for none. directions: along which bidf asks.
     """
 
     EXPECTED: ClassVar[str] = "a mapping with model, teachers and algorithm"
@@ -55,6 +56,7 @@ class TeachersRecipe(JobForm):
     inner_steps: Number = INNER_STEPS
     inner_rate: Rate = INNER_RATE
     images: Number | None = None
+    image_steps: Annotated[int, Field(strict=True, ge=0)] = 50
     image_rate: Rate = 0.1
     size: Number | None = None
     low: Pixel | None = None
@@ -138,7 +140,7 @@ class TeachersRecipe(JobForm):
         """The settings of the training."""
         beside = "image_rate" in self.row.reads
         return Options(
-            steps=self.steps,
+            steps=self.steps + (self.image_steps if beside else 0),
             batch_size=self.batch_size if beside else 1,
             learning_rate=self.learning_rate or self.row.rate,
             schedule="cosine",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 TRAINED = ("steps", "learning_rate", "seed")
-EPISODES = ("shots", "queries", "inner_steps", "inner_rate", "batch_size", "images", "image_rate")
+EPISODES = ("shots", "queries", "inner_steps", "inner_rate", "batch_size", "images", "image_steps", "image_rate")
 FORM = ("size", "low", "high")
 
 

@@ -21,7 +21,15 @@ from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 transformers = pytest.importorskip("transformers")
 
 TEACHERS = ["one", "two", "three"]
-IMAGES: dict[str, Any] = {"steps": 3, "batch_size": 2, "shots": 1, "queries": 2, "inner_steps": 1, "threads": 1}
+IMAGES: dict[str, Any] = {
+    "steps": 2,
+    "image_steps": 1,
+    "batch_size": 2,
+    "shots": 1,
+    "queries": 2,
+    "inner_steps": 1,
+    "threads": 1,
+}
 
 
 def save_vit(folder: Path, seed: int, **more: Any) -> None:
@@ -100,7 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes_and_count(name: str, monke
     assert drawn == [0, 2, 4] and parts.result == whole.result
     same = Path("parts/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert same and not torch.equal(*(tensors(x)["classifier.weight"] for x in ("whole", "new")))
-    asked = {"purer": (None, None), "bidf": (3 * 12 * 3, 6)}[name]  # 12 images, and each moved in two directions
+    asked = {"purer": (None, None), "bidf": (4 * 12 * 3, 8)}[name]  # 12 images, and each moved in two directions
     assert (whole.result.asked, whole.result.requests) == asked
     assert dict(open_checkpoint("whole")) == dict(open_checkpoint("new"))
 
@@ -149,7 +157,9 @@ def test_the_job_keeps_the_promises_of_its_declaration() -> None:
 
 
 def test_the_command_says_how_often_black_boxes_were_asked() -> None:
-    options = "--algorithm bidf --steps 1 --batch-size 1 --shots 1 --queries 1 --directions 1 --threads 1"
+    options = (
+        "--algorithm bidf --steps 1 --image-steps 0 --batch-size 1 --shots 1 --queries 1 --directions 1 --threads 1"
+    )
     result = run(*f"meta-teachers new one two -o out {options} --json".split())
     assert json.loads(result.stdout)["asked"] == 12 and json.loads(result.stdout)["requests"] == 2
     wrong = run(*["meta-teachers", "new", "one", "two", "-o", "other", "--directions", "3"])

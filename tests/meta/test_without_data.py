@@ -59,7 +59,7 @@ def test_images_stay_in_range_and_follow_their_teachers_until_episodes_are_learn
     """The images' gradient is the inversion's; once the switch is on, less the outer loss's, times the weight."""
     model, *teachers = nets(3)
     pool, batch = new_pool(), PoolEpisodes(2, 3, 4, 1, 2).batch(range(2))
-    loss = Purer(model, INNER, teachers, pool, 0.5, "x")
+    loss = Purer(model, INNER, teachers, pool, "x", curriculum=0.5)
     images = torch.cat([pool.images(t) for t in range(2)])
     assert float(images.detach().min()) > -1 and float(images.detach().max()) < 2
 
@@ -95,11 +95,11 @@ def test_black_boxes_are_asked_as_often_as_is_counted_and_learned_from() -> None
     model, *teachers = nets(3)
     pool, calls = new_pool(), torch.zeros(2, dtype=torch.long)
     boxes = [BlackBox(each, calls) for each in teachers]
-    loss = BiDf(model, INNER, boxes, pool, "x", directions=2)
+    loss = BiDf(model, INNER, boxes, pool, "x", directions=2, first=1)
     before = pool.raw[0].detach().clone()
     fit(model, PoolEpisodes(2, 3, 4, 1, 2, alone=True), loss, HOW)
-    # Each step asks one teacher about its 12 images, and about them moved in two directions.
-    assert calls.tolist() == [3 * 12 * 3, 3 * 2] and all(x.grad is None for t in teachers for x in t.parameters())
+    # The first step asks both teachers, the others one each, about 12 images, and about them moved in two directions.
+    assert calls.tolist() == [4 * 12 * 3, 4 * 2] and all(x.grad is None for t in teachers for x in t.parameters())
     assert not torch.equal(before, pool.raw[0])
 
 

@@ -31,7 +31,8 @@ def plan_text(planned: PlannedInitialisation) -> str:
         rows.append(("a task", f"{recipe.shots} images of each class to adapt on, {recipe.queries} to judge by"))
         rows.append(("adapting", f"{recipe.inner_steps} steps at {recipe.inner_rate:g}"))
     if row.reads:
-        rows.append(("steps", f"{recipe.steps}, learning rate {recipe.options.learning_rate:g}"))
+        before = f"{recipe.image_steps} of the images alone, then " if planned.form is not None else ""
+        rows.append(("steps", f"{before}{recipe.steps}, learning rate {recipe.options.learning_rate:g}"))
     return table([*rows, *(("note", text) for text in planned.notices)])
 
 
