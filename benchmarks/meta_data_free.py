@@ -43,7 +43,7 @@ from mergekit_lfm.train.losses import LOSSES
 TEACHERS, SHOTS, TESTED, COUNT = 8, 5, 100, 30
 CELLS = [cell for cell in GRID if cell.rate != 0.01]
 FIRST = 60  # steps of the images alone
-CANDIDATES = range(100)  # seeds, of which those with enough classes are taken
+CANDIDATES = range(100)  # seeds; those with enough classes are taken
 RADIUS, CURRICULUM, DIRECTIONS, IMAGE_RATE = 0.5, 1.0, 20, 0.1
 Start = Mapping[str, Tensor]
 
