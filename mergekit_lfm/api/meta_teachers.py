@@ -29,6 +29,7 @@ from mergekit_lfm.meta.fusion import fuse
 from mergekit_lfm.meta.losses import BESIDE, Inner
 from mergekit_lfm.meta.pool import Pool, PoolEpisodes
 from mergekit_lfm.meta.without_data import BiDf, Purer
+from mergekit_lfm.output.card import CONFIG
 from mergekit_lfm.output.request import result_of
 from mergekit_lfm.output.save import save_checkpoint
 from mergekit_lfm.recipe.adapters import join_reference
@@ -135,6 +136,7 @@ def _average(planned: PlannedInitialisation, progress: Progress, threads: int | 
     weighted = [(recipe.found, 0.0), *((found, 1.0) for found in recipe.found_teachers)]
     models = [{"model": _text_of(found), "parameters": {"weight": weight}} for found, weight in weighted]
     merge({"merge_method": "linear", "models": models}, place, threads=threads, card=False, progress=progress)
+    (place / CONFIG).unlink(missing_ok=True)  # the merge's recipe, which is not that of the result
     findings = _save(planned, {}, Initialised("average", len(planned.teachers), planned.size), open_checkpoint(place))
     remove(place)
     return findings

@@ -72,6 +72,8 @@ def test_the_average_is_the_mean_with_the_files_of_the_model() -> None:
         mean = torch.stack([other[name].double() for other in each]).mean(0)
         torch.testing.assert_close(x.double(), mean, rtol=0, atol=2e-7)
     assert Path("out/config.json").read_bytes() == Path("new/config.json").read_bytes()
+    names = {"config.json", "merge.lock.json", "meta.json", "model.safetensors"}
+    assert {path.name for path in Path("out").iterdir()} == names
     assert verify_output("out").result.differences == () and not Path("out.mean").exists()
     again = meta_from_teachers("new", TEACHERS, "out", threads=1)
     assert again.already_there and again.result == made.result and made.result.loss is None
