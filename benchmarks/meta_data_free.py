@@ -196,9 +196,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = [compare(seed, options.steps) for seed in usable_seeds(options.seeds)]
-    print("| start | accuracy |\n|---|--:|")
+    print("| start | accuracy | more than the random start |\n|---|--:|--:|")
     for name in found[0]:
-        print("| {} | {:.1f} ± {:.1f} |".format(name, *spread([each[name] for each in found])))
+        more = [each[name] - each["random"] for each in found]
+        gain = "" if name == "random" else "{:.1f} ± {:.1f}".format(*spread(more))
+        print("| {} | {:.1f} ± {:.1f} | {} |".format(name, *spread([each[name] for each in found]), gain))
 
 
 if __name__ == "__main__":
