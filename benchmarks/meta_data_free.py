@@ -198,9 +198,9 @@ def main() -> None:
     found = [compare(seed, options.steps) for seed in usable_seeds(options.seeds)]
     print("| start | accuracy | more than the random start |\n|---|--:|--:|")
     for name in found[0]:
-        more = [each[name] - each["random"] for each in found]
-        gain = "" if name == "random" else "{:.1f} ± {:.1f}".format(*spread(more))
-        print("| {} | {:.1f} ± {:.1f} | {} |".format(name, *spread([each[name] for each in found]), gain))
+        shown = "{:.1f} ± {:.1f}".format(*spread([each[name] for each in found]))
+        gain = "{:.1f} ± {:.1f}".format(*spread([each[name] - each["random"] for each in found]))
+        print(f"| {name} | {shown} | {'' if name == 'random' else gain} |")
 
 
 if __name__ == "__main__":
