@@ -67,6 +67,7 @@ __all__ = [
     "merge_adapters",
     "merge_state_dicts",
     "merge_tensors",
+    "meta_from_teachers",
     "meta_train",
     "open_attachment",
     "open_checkpoint",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
     from mergekit_lfm.api.merge import merge, plan_merge
     from mergekit_lfm.api.meta import meta_train
+    from mergekit_lfm.api.meta_teachers import meta_from_teachers
     from mergekit_lfm.api.offsite import emulate_model, plug_in_ends
     from mergekit_lfm.api.outcome import Finding, Outcome
     from mergekit_lfm.api.patches import apply_patches, undo_patches
@@ -212,6 +214,7 @@ _HOMES = {
     "merge_adapter_recipe": "api.adapters",
     "merge_adapters": "api.adapters",
     "merge_state_dicts": "api.state_dicts",
+    "meta_from_teachers": "api.meta_teachers",
     "meta_train": "api.meta",
     "merge_tensors": "api.tensors",
     "open_attachment": "artifacts.attachment",

@@ -17,6 +17,8 @@ from mergekit_lfm.runtime.load import Loaded
 from mergekit_lfm.runtime.subject import Subject, make_subject
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergekit_lfm.store.checkpoint import Checkpoint
 
 
@@ -39,17 +41,21 @@ class ImageStudent:
                 "each, where it goes after the training. Save the model again by transformers, and give that"
             )
 
-    def write(self, planned: PlannedImages, facts: Mapping[str, Any]) -> list[str]:
-        """Write the student with its new parameters and BatchNorm's new statistics; returns findings."""
-        assert planned.student is not None
+    def changes(self) -> dict[str, Tensor]:
+        """The tensors of the checkpoint with other values by now: parameters, and all buffers that it holds."""
         values, changed = dict(self.loaded.model.named_buffers()), changes_of(self.subject, self.source)
         for name, tensor in self.buffers.items():
             changed[tensor] = values[name].detach().cpu().to(getattr(torch, self.source[tensor].dtype))
+        return changed
+
+    def write(self, planned: PlannedImages, facts: Mapping[str, Any]) -> list[str]:
+        """Write the student with its new parameters and BatchNorm's new statistics; returns findings."""
+        assert planned.student is not None
         request = planned.request.request
         left = save_checkpoint(
             self.source,
             planned.student[1],
-            changed,
+            self.changes(),
             {"synthesise.json": (json.dumps(request.public, indent=2) + "\n").encode()},
             lock=lambda files, headers, tensors: {request.lock_file: request.lock(files, headers, tensors, facts)},
         )

@@ -21,6 +21,7 @@ from mergekit_lfm.recipe.extract_recipe import ExtractRecipe
 from mergekit_lfm.recipe.generate_recipe import GenerateRecipe
 from mergekit_lfm.recipe.head_recipe import HeadRecipe
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
+from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 from mergekit_lfm.recipe.registry import TUNE_METHODS
 from mergekit_lfm.recipe.stats_recipe import StatsRecipe
 from mergekit_lfm.recipe.student_recipe import StudentRecipe
@@ -156,6 +157,16 @@ META = _training(
     run="meta.meta_planned",
     show="initialisations",
 )
+META_TEACHERS = Job(
+    name="meta",
+    makes="an initialisation",
+    parse=TeachersRecipe.parse,
+    plan=_later("meta_teachers_plans.plan_from_teachers"),
+    run=_later("meta_teachers.initialise_planned"),
+    show="from_teachers",
+    plan_options=frozenset({"device"}),
+    run_options=frozenset({"threads"}),
+)
 STATS = Job(
     name="stats",
     makes="a statistics file",
@@ -230,4 +241,4 @@ def find_job(data: object, label: str) -> Job | None:
         sentence = "{place}: job {found}: expected {expected}, or no `job` for a merge; {cure}"
         expected = " or ".join(JOBS)
         raise PlanError(sentence, place=label, found=name, expected=expected, cure=did_you_mean(name, JOBS))
-    return JOBS[name]
+    return META_TEACHERS if name == META.name and isinstance(data, Mapping) and "teachers" in data else JOBS[name]

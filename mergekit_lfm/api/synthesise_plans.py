@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,7 +156,8 @@ def plan_synthesis(
     present = {"batch_norm": norms or records, "records": records, "clusters": given["data"]}
     present |= {"proxy": given["images"], "wild": given["images"]}
     check_needs(recipe.row, present, student=student is not None)
-    shape, pixels = _form_of(recipe, teachers)
+    named = [(each.ref, each.source) for each in teachers]
+    shape, pixels = shared_form(named, recipe.size, recipe.low, recipe.high)
     place = "cpu" if device is None else str(find_device(device))  # which needs torch
     return PlannedImages(recipe, out, teachers, student, shape, pixels, place)
 
@@ -164,16 +166,18 @@ def _classes_of(model: Checkpoint) -> int:
     return labels_of(model.config) or CLASSES
 
 
-def _form_of(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...]) -> tuple[Shape, tuple[float, float]]:
-    """The shape of an image, and the range of its pixels. Raises PlanError for teachers that take others."""
-    for each in teachers:
-        sidecars_of(each.source)  # fetches the other files of a model on the Hub
-    forms = [image_form(each.source, recipe.size, recipe.low, recipe.high) for each in teachers]
-    for each, form in zip(teachers, forms, strict=True):
+def shared_form(
+    models: Sequence[tuple[str, Checkpoint]], size: int | None, low: float | None, high: float | None
+) -> tuple[Shape, tuple[float, float]]:
+    """The shape of an image, and the range of its pixels, of models by name. Raises PlanError if they take others."""
+    for _, source in models:
+        sidecars_of(source)  # fetches the other files of a model on the Hub
+    forms = [image_form(source, size, low, high) for _, source in models]
+    for (name, _), form in zip(models, forms, strict=True):
         if form != forms[0]:
             raise PlanError(
-                f"{each.ref} takes images of {list(form[0])} with pixels from {form[1][0]:g} to {form[1][1]:g}, and "
-                f"{teachers[0].ref} of {list(forms[0][0])} from {forms[0][1][0]:g} to {forms[0][1][1]:g}; expected the "
+                f"{name} takes images of {list(form[0])} with pixels from {form[1][0]:g} to {form[1][1]:g}, and "
+                f"{models[0][0]} of {list(forms[0][0])} from {forms[0][1][0]:g} to {forms[0][1][1]:g}; expected the "
                 "same. Give other teachers, or the size and the range"
             )
     return forms[0]

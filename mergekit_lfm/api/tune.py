@@ -209,7 +209,7 @@ def _tune(planned: PlannedTuning, progress: Progress) -> tuple[Tuned, list[str]]
         training.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"{planned.out} cannot be written ({reason(error)}); choose another output") from None
-    with joined(planned.device) as group, _writing(training, group):
+    with joined(planned.device) as group, writing_state(training, group):
         if group.count > 1 and planned.recipe.compares_batches:
             raise PlanError("the loss is about all examples of a batch at once; start one process")
         data = ready.data
@@ -285,7 +285,7 @@ def _fisher(path: Path, subject: Subject) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _writing(folder: Path, group: Group) -> Iterator[None]:
+def writing_state(folder: Path, group: Group) -> Iterator[None]:
     """Lock the folder for the first process; remove it afterwards if it is empty, as when nothing was saved."""
     if group.rank:
         yield

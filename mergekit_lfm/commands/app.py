@@ -21,6 +21,7 @@ from mergekit_lfm.commands.inspect import inspect, methods
 from mergekit_lfm.commands.merge import merge
 from mergekit_lfm.commands.mergekit import MergekitGroup
 from mergekit_lfm.commands.meta import meta
+from mergekit_lfm.commands.meta_teachers import meta_teachers
 from mergekit_lfm.commands.offsite import offsite
 from mergekit_lfm.commands.patch import patch
 from mergekit_lfm.commands.plan import plan
@@ -64,6 +65,7 @@ for command in (
         tune,
         distill,
         meta,
+        meta_teachers,
         generate,
         average,
         export,
