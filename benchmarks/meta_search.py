@@ -52,8 +52,8 @@ HOW: dict[str, tuple[Inner, dict[str, Any]]] = {
 }
 
 
-def pairs_of(package: str) -> Iterator[tuple[str, str]]:
-    """The first line of the docstring of each function, and the function's name in words behind its module's."""
+def functions_of(package: str) -> Iterator[tuple[str, str, str]]:
+    """Of each public function its name in words behind its module's, its docstring's first line, and what follows."""
     for path in sorted((Path(sysconfig.get_path("purelib")) / package).rglob("*.py")):
         if "tests" in path.parts:
             continue
@@ -63,14 +63,14 @@ def pairs_of(package: str) -> Iterator[tuple[str, str]]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                first, _, rest = (ast.get_docstring(node) or "").partition("\n")
                 if len(first) >= 20:
-                    yield first, f"{path.stem} {node.name}".replace("_", " ")
+                    yield f"{path.stem} {node.name}".replace("_", " "), first, " ".join(rest.split())
 
 
 def write_pairs(folder: Path, package: str) -> Path:
     """A file of up to MOST pairs of a package, spread over it, each name and each line once."""
-    by_name = {name: first for first, name in pairs_of(package)}
+    by_name = {name: first for name, first, _ in functions_of(package)}
     found = [*{first: name for name, first in by_name.items()}.items()]
     chosen = found[:: -(-len(found) // MOST)]
     file = folder / f"{package}.jsonl"

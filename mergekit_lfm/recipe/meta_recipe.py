@@ -20,6 +20,7 @@ from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
 from mergekit_lfm.recipe.tune_options import check_makes
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
 from mergekit_lfm.recipe.values import FOUND
+from mergekit_lfm.recipe.without_data import WITHOUT_DATA
 
 RATES, STEPS = (0.003, 0.01, 0.03, 0.1, 0.3), (1, 5, 10)  # the grid of the test
 # Settings of a training that a loss over episodes has no place for.
@@ -128,6 +129,8 @@ class MetaRecipe(TrainingRecipe):
         row = ALGORITHMS.get(self.algorithm)
         if row is None:
             cure = did_you_mean(self.algorithm, ALGORITHMS)
+            if self.algorithm in WITHOUT_DATA:
+                cure = f"{self.algorithm} needs no data: give `teachers` in place of `data`, or use `meta-teachers`"
             sentence = FOUND + "; {cure}"
             yield problem_at(
                 "algorithm", sentence, found=repr(self.algorithm), expected=", ".join(ALGORITHMS), cure=cure

@@ -19,6 +19,7 @@ from mergekit_lfm.api.recipes import run_recipe
 from mergekit_lfm.commands.show.initialisations import done_text
 from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
+from mergekit_lfm.recipe.source import RecipeText
 from mergekit_lfm.runtime.load import load_model
 
 HOW: dict[str, Any] = {"steps": 3, "batch_size": 2, "threads": 1, "inner_steps": 2, "shots": 2, "queries": 2}
@@ -171,6 +172,7 @@ def test_processes_of_torchrun_are_refused_where_they_would_differ(monkeypatch: 
 
 REFUSED = [
     ({"algorithm": "mamml"}, "algorithm: found 'mamml', expected maml, fomaml"),
+    ({"algorithm": "purer"}, "purer needs no data: give `teachers` in place of `data`, or use `meta-teachers`"),
     ({"ways": 4}, "bert has 3 classes, and an episode 4; expected as many"),
     ({"ways": None}, "data: found one file, expected several, each a task, or `ways`"),
     ({"queries": 4}, "an episode needs 2 and 4 other examples of each class, together 6; class 0 has 5"),
@@ -241,3 +243,15 @@ models: [{model: start}, {model: bert}]
     assert "memory of a step" in shown and "3 classes: 2 examples of each class to adapt on, 2 to judge by" in shown
     message = refusal(run("meta", "bert", "--data", "seen.jsonl", "--task", "lm", "-o", "x"))
     assert "data: found one file, expected several" in message
+
+
+@pytest.mark.slow
+def test_fine_tunes_of_a_learned_start_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the docs with fewer steps: over both subjects the average is better than either fine-tune."""
+    recipes = Path(__file__).parents[2] / "recipes"
+    text = (recipes / "start.yaml").read_text().replace("steps: 40", "steps: 6").replace("steps: 60", "steps: 30")
+    monkeypatch.chdir(tmp_path)
+    run_recipe(RecipeText(text, recipes), "scores.json", threads=1)
+    scores = json.loads(Path("scores.json").read_text())["scores"].values()
+    base, _, *tuned, both = (sum(each["bits_per_byte"] for each in model.values()) for model in scores)
+    assert both < min(tuned) < base

@@ -30,7 +30,7 @@ PREPARED = [path for path in PATHS if re.search("python (recipes/make/|tests/ser
 # Recipes of several parts: test_parts_recipes.py runs them.
 PARTS = [RECIPES / f"{name}.yaml" for name in ("stacked", "three_stages", "three_tokenizers", "vision_language")]
 # Recipes of jobs: tests of their commands run them.
-JOBS = [RECIPES / f"{name}.yaml" for name in ("experts", "extract", "heal", "healed", "offsite", "tuned")]
+JOBS = [RECIPES / f"{name}.yaml" for name in ("experts", "extract", "heal", "healed", "offsite", "start", "tuned")]
 RUNNABLE = [path for path in PATHS if path not in (*PREPARED, *PARTS, *JOBS)]
 
 
