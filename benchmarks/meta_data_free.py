@@ -3,13 +3,13 @@
     python benchmarks/meta_data_free.py                      # three seeds, some twenty minutes on one core
     python benchmarks/meta_data_free.py --steps 5 --seeds 1  # a smoke test
 
-Classes are those of `meta_digits.py`, but of seven digits, and each again as its negative (1 - pixel), as
-seven digits have fewer than forty; seeds whose seven digits have fewer are left out. Forty of them, at random, are the tasks
-of eight teachers, five each, disjoint; all teachers are trained from the same random start. The test is on classes of
-three other digits: accuracy in percent on 15 other images of each of 5 classes after descent on 5 of each,
-over 100 episodes, each start in the cell of one grid of rates and steps that is best for it on 100 others. BiDf's
-teachers are black boxes: the calls are counted, and no gradient may reach their numbers. Means over seeds, with
-standard errors; and for each seed the 95 % interval over episodes.
+Classes are those of `meta_digits.py`, but of seven digits, and each again as its negative (1 - pixel), as seven digits
+have fewer than forty; seeds whose seven digits have fewer are left out. Forty of them, at random, are the tasks of
+eight teachers, five each, disjoint; all teachers are trained from the same random start. The test is on classes of
+three other digits: accuracy in percent on 15 other images of each of 5 classes after descent on 5 of each, over 100
+episodes, each start in the cell of one grid of rates and steps that is best for it on 100 others. BiDf's teachers are
+black boxes: the calls are counted, and no gradient may reach their numbers. Means over seeds, with standard errors; and
+for each seed the 95 % interval over episodes.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def meta_train(
     inner_rate: float | None = None,
     test: StrPath | Sequence[StrPath] | Mapping[str, Any] | None = None,
     on_disk: bool = False,
+    texts: Mapping[str, Any] | None = None,
     memory: int | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -45,13 +46,15 @@ def meta_train(
     `data` and the other fields of `TestEntry`; the result's facts then say how a random start, the model, joint
     training and the result do on them, each in the cell of one grid of rates and steps that is best for it. on_disk: of
     reptile, whose tasks are files: the models of a step's tasks are checkpoints in OUT.rounds, which the engine merges;
-    several processes with the same call share them, to the same bytes. memory: a budget in bytes, which the estimate of
-    a step has to fit. training: `method`, what is learned, and all else that `tune_model` takes; `batch_size` is tasks
-    of a step, 4 by default. Raises PlanError and the other errors of `tune_model`.
+    several processes with the same call share them, to the same bytes. texts: of film, {model, names}: the names of
+    classes by their labels, and the model of embeddings that makes vectors of them. memory: a budget in bytes, which
+    the estimate of a step has to fit. training: `method`, what is learned, and all else that `tune_model` takes;
+    `batch_size` is tasks of a step, 4 by default. Raises PlanError and the other errors of `tune_model`.
     """
     settings = {"model": model, "data": data, "task": task, **training}
     own: dict[str, Any] = {"algorithm": algorithm, "ways": ways, "shots": shots, "queries": queries}
     own |= {"on_disk": True} if on_disk else {}
+    own |= {} if texts is None else {"texts": {**texts, "model": os.fspath(texts["model"])}}
     own |= {"inner_steps": inner_steps, "inner_rate": inner_rate, "test": None if test is None else _as_test(test)}
     recipe = {**as_settings(settings), "job": "meta", **{name: x for name, x in own.items() if x is not None}}
     planned = plan_meta(MetaRecipe.parse(recipe, label="meta"), expand(out), device=device, memory=memory)

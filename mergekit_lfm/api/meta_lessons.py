@@ -14,33 +14,47 @@ from torch import Tensor, nn
 from mergekit_lfm.api.tune_data import read_file
 from mergekit_lfm.api.tune_plans import PlannedTuning
 from mergekit_lfm.machine.progress import Progress
-from mergekit_lfm.meta.algorithms import build_loss, make_episodes
+from mergekit_lfm.meta.algorithms import NO_NAMES, build_loss, make_episodes
 from mergekit_lfm.meta.baselines import head_names, joint_start, plain_copy, random_start
 from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.meta.evaluate import evaluate
 from mergekit_lfm.meta.losses import Inner, MetaLoss, name_of
-from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
+from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe, TestEntry
 from mergekit_lfm.recipe.training import Options
-from mergekit_lfm.runtime.load import Loaded
+from mergekit_lfm.runtime.load import Loaded, load_model, tokenizer_for_texts
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.train.examples import Examples, join, seed_of
 from mergekit_lfm.train.loop import STATE
-from mergekit_lfm.train.losses import Loss
+from mergekit_lfm.train.losses import Loss, pool
 from mergekit_lfm.train.state import METRICS
 from mergekit_lfm.train.texts import lengthen_for
 
 LEARNED = "meta-{}.bin"  # a file beside the model: a reader of checkpoints must not take it for weights
 PLAIN = replace(ALGORITHMS["maml"], first_order=True)  # descent on all that is trained
 JOINT = "joint"  # the folder of the joint training's state, beside the state of the meta-learning
+_Work = tuple[MetaLoss, Mapping[str, Tensor], Episodes, list[Inner]]  # to judge: by which loss, where, on what
 
 
 class MetaLessons:
-    """Episodes, the loss over them, and the judgement of what was learned. examples: those of the training."""
+    """Episodes, the loss over them, and the judgement of what was learned.
 
-    def __init__(self, planned: PlannedTuning, recipe: MetaRecipe, examples: Examples, progress: Progress) -> None:
+    examples: those of the training. texts: the model that makes vectors of the names of classes, if they have some.
+    """
+
+    def __init__(
+        self,
+        planned: PlannedTuning,
+        recipe: MetaRecipe,
+        examples: Examples,
+        progress: Progress,
+        texts: Checkpoint | None = None,
+    ) -> None:
         self.planned, self.examples, self.progress = planned, examples, progress
         self.recipe, self.documents = recipe, dict[str, bytes]()
         self.loss: MetaLoss | None = None
+        names = {} if recipe.texts is None else recipe.texts.names
+        self.names = NO_NAMES if texts is None else vectors_of(names, texts, planned.device)
         self.before = dict[str, Tensor]()
 
     def begin(self, loaded: Loaded, examples: Examples) -> tuple[Episodes, Loss]:
@@ -50,16 +64,20 @@ class MetaLessons:
         head = head_names(model) if row.head_only else frozenset[str]()
         with torch.random.fork_rng([]):
             torch.manual_seed(seed_of(recipe.seed, "beside"))
-            self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head, recipe.own_settings)
+            settings = dict(recipe.own_settings)
+            if self.names:
+                settings["text_width"] = len(next(iter(self.names.values())))
+            self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head, settings)
         episodes = self._episodes(examples, recipe.seed)
         if row.hard_tasks:
             episodes = replace(episodes, hardness=self.loss.watch(episodes.classes))
         return episodes, self.loss
 
-    def _episodes(self, examples: Examples, seed: int) -> Episodes:
+    def _episodes(self, examples: Examples, seed: int, row: Algorithm | None = None) -> Episodes:
+        """Episodes of these examples. row: as another algorithm than the recipe's has them."""
         recipe = self.recipe
         sizes = {"ways": recipe.ways, "shots": recipe.shots, "queries": recipe.queries}
-        return make_episodes(recipe.row, recipe.own_settings, examples, **sizes, seed=seed)
+        return make_episodes(row or recipe.row, recipe.own_settings, examples, self.names, **sizes, seed=seed)
 
     def end(self, loaded: Loaded) -> dict[str, Any]:
         """The scores of the result and of what it is compared with on tasks that were not seen; nothing without them.
@@ -93,7 +111,8 @@ class MetaLessons:
         sets = [read_file(file, loaded, self.planned, fits=recipe.labels_fit) for file in recipe.more_files]
         sets = lengthen_for(loaded, [self.examples, *sets])[1:]
         seed = seed_of(recipe.seed, "test")
-        episodes, row = self._episodes(join(sets, [None] * len(sets)), seed), recipe.row
+        whole, row = join(sets, [None] * len(sets)), recipe.row
+        episodes = self._episodes(whole, seed)
         starts = {"start": self.before, "joint": self._joint(model, test)}
         if recipe.declaration.makes == "checkpoint":  # else a part of a model is trained, which is not drawn at random
             starts = {"random": random_start(model, self.before, seed_of(recipe.seed, "random")), **starts}
@@ -107,11 +126,13 @@ class MetaLessons:
             own = [loss.inner]
         elif row.learns_rates:
             own = [Inner(count, None) for count in test.steps]
-        work = {name: (plain, start, grid) for name, start in starts.items()} | {recipe.algorithm: (loss, found, own)}
+        theirs = self._episodes(whole, seed, PLAIN) if row.named else episodes  # which have no names
+        work: dict[str, _Work] = {name: (plain, start, theirs, grid) for name, start in starts.items()}
+        work[recipe.algorithm] = (loss, found, episodes, own)
         at_once, scores = -(-recipe.options.batch_size // recipe.options.accumulate), dict[str, Any]()
         with self.progress.by_count(" starts", "judging") as tell:
-            for name, (judge, start, cells) in work.items():
-                scores[name] = asdict(evaluate(judge, start, episodes, cells, test.episodes, at_once))
+            for name, (judge, start, tasks, cells) in work.items():
+                scores[name] = asdict(evaluate(judge, start, tasks, cells, test.episodes, at_once))
                 tell(len(scores), len(work))
         return scores
 
@@ -138,3 +159,15 @@ class MetaLessons:
                 request=f"{self.planned.answer.digest} joint",
                 tell=lambda done, whole, line: report(done, whole, f"loss {line['loss']:.4g}"),
             )
+
+
+@torch.no_grad()
+def vectors_of(names: Mapping[int, str], texts: Checkpoint, device: str) -> dict[int, Tensor]:
+    """The vectors of names by a model of embeddings, [d] each, of length 1."""
+    loaded = load_model(texts, "embedding", device=device)
+    place = next(loaded.model.parameters()).device
+    tokenizer, found = tokenizer_for_texts(loaded.tokenizer), dict[int, Tensor]()
+    for label, name in names.items():
+        ids = torch.tensor([tokenizer(name)["input_ids"]], device=place)
+        found[label] = pool(loaded.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].float().cpu()
+    return found

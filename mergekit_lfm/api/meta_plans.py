@@ -15,9 +15,12 @@ from mergekit_lfm.machine.launch import is_launched
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.machine.resources import total_memory
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.output.request import RequestInput
 from mergekit_lfm.recipe.meta_memory import Need, estimate_need
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
+from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.tensors import FLOATS
+from mergekit_lfm.views.adapted import open_found
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.meta_lessons import MetaLessons
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedMeta(PlannedTuning):
-    """A meta-learning that is checked, and not done yet."""
+    """A meta-learning that is checked, and not done yet. texts: the model that makes vectors of classes' names."""
+
+    texts: Checkpoint | None = None
 
     @property
     def meta(self) -> MetaRecipe:
@@ -39,12 +44,19 @@ class PlannedMeta(PlannedTuning):
         if "test" in whole:
             data = [{**entry, "path": names[entry["path"]]} for entry in whole["test"]["data"]]
             public["test"] = {**whole["test"], "data": data}
+        if "texts" in whole:
+            public["texts"] = {**whole["texts"], "model": names[whole["texts"]["model"]]}
         return public
+
+    @property
+    def others(self) -> tuple[RequestInput, ...]:
+        texts, entry = self.texts, self.meta.texts
+        return () if texts is None or entry is None else (RequestInput(entry.model, texts, texts.config),)
 
     def learn(self, examples: Examples, progress: Progress) -> MetaLessons:
         from mergekit_lfm.api.meta_lessons import MetaLessons
 
-        return MetaLessons(self, self.meta, examples, progress)
+        return MetaLessons(self, self.meta, examples, progress, self.texts)
 
     @cached_property
     def need(self) -> Need | None:
@@ -61,7 +73,8 @@ def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memor
     episode's, and for a step that needs more than the budget; and the errors of `plan_tuning`.
     """
     tuning = plan_tuning(recipe, out, device=device)
-    planned = PlannedMeta(tuning.recipe, tuning.out, tuning.source, tuning.device)
+    texts = None if recipe.found_texts is None else open_found(recipe.found_texts)
+    planned = PlannedMeta(tuning.recipe, tuning.out, tuning.source, tuning.device, texts)
     labels = labels_of(planned.source.config)
     if recipe.ways is not None and labels not in (None, recipe.ways):
         raise PlanError(

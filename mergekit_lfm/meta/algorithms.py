@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mergekit_lfm.meta.edits import Editable, Edits
 from mergekit_lfm.meta.episodes import Episodes
+from mergekit_lfm.meta.film import Film, NamedEpisodes
 from mergekit_lfm.meta.groups import Groups
 from mergekit_lfm.meta.losses import NOTHING, Inner, LearnedRates, MetaLoss, Reptile, Scales
 from mergekit_lfm.meta.metric import Prototypes, Relation
@@ -19,6 +20,8 @@ from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.meta_algorithms import Algorithm
 from mergekit_lfm.train.examples import Examples
 
+NO_NAMES: Mapping[int, Tensor] = {}
+
 # Algorithms with code of their own; the others are `MetaLoss`, by what their declarations say.
 OWN: Mapping[str, type[MetaLoss]] = {
     "metasgd": LearnedRates,
@@ -26,6 +29,7 @@ OWN: Mapping[str, type[MetaLoss]] = {
     "reptile": Reptile,
     "proto": Prototypes,
     "relation": Relation,
+    "film": Film,
     "meta_lstm": LearnedSteps,
     "mgml": Groups,
     "continual": Continual,
@@ -46,8 +50,20 @@ def build_loss(
     return OWN.get(row.name, MetaLoss)(model, task, row, inner, head, settings)
 
 
-def make_episodes(row: Algorithm, settings: Mapping[str, Value], examples: Examples, **sizes: Any) -> Episodes:
-    """The episodes that an algorithm learns from. sizes: ways, shots, queries and seed, of `Episodes`."""
+def make_episodes(
+    row: Algorithm,
+    settings: Mapping[str, Value],
+    examples: Examples,
+    names: Mapping[int, Tensor] = NO_NAMES,
+    **sizes: Any,
+) -> Episodes:
+    """The episodes that an algorithm learns from.
+
+    names: the vectors of classes' names, by label, for one that compares with them. sizes: ways, shots, queries and
+    seed, of `Episodes`.
+    """
+    if row.named:
+        return NamedEpisodes(examples, names=names, **sizes)
     if row.kind == "stream":
         return Stream(examples, stay=float(settings["stay"] or 0.0), **sizes)
     return (Edits if row.kind == "edits" else Episodes)(examples, **sizes)

@@ -22,9 +22,10 @@ class Algorithm:
     optimizer: of these. first_order: the slopes of inner steps are constants. head_only: these move the head alone.
     learns_rates: a rate for each number of the model is learned with it. scales: the model stays, but for factors and
     shifts of its channels, and the head. hard_tasks: half of a step's episodes are of the classes with the largest
-    losses. learns_steps: the rule of the inner steps is learned, for as many as they are. own_file: what is learned
-    beside the model has a file. whole: a step depends on all its tasks at once, or on the step before, so that it is
-    not cut into parts. inner_steps, inner_rate: of adapting, by default. parameters: of the algorithm alone.
+    losses. learns_steps: the rule of the inner steps is learned, for as many as they are. named: classes have names,
+    whose vectors are compared with. own_file: what is learned beside the model has a file. whole: a step depends on all
+    its tasks at once, or on the step before, so that it is not cut into parts. inner_steps, inner_rate: of adapting, by
+    default. parameters: of the algorithm alone.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Algorithm:
     scales: bool = False
     hard_tasks: bool = False
     learns_steps: bool = False
+    named: bool = False
     own_file: bool = False
     whole: bool = False
     inner_steps: int = 5
@@ -106,6 +108,14 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "classes by a learned comparison of vectors; no inner steps",
             kind="metric",
             tasks=("classification",),
+            own_file=True,
+        ),
+        Algorithm(
+            "film",
+            "arXiv 2307.04114",
+            "classes by a learned comparison with the vectors of their names, which alone adapts; derived as maml",
+            tasks=("classification",),
+            named=True,
             own_file=True,
         ),
         Algorithm(

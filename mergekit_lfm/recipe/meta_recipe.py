@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -11,11 +12,11 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from mergekit_lfm.errors import did_you_mean
 from mergekit_lfm.methods.kinds import TuneMethod
 from mergekit_lfm.methods.method import Value
-from mergekit_lfm.recipe.files import Where
-from mergekit_lfm.recipe.form import Strict
+from mergekit_lfm.recipe.files import FoundModel, Where, find_reference
+from mergekit_lfm.recipe.form import Reference, Strict
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS, Algorithm
 from mergekit_lfm.recipe.options import defaults_of, read_options, readers_of
-from mergekit_lfm.recipe.problems import Problem, problem_at
+from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.tune_data import DataFile, Entries, find_data
 from mergekit_lfm.recipe.tune_options import check_makes
 from mergekit_lfm.recipe.tune_recipe import TrainingRecipe
@@ -54,6 +55,13 @@ class TestEntry(Strict):
         return {**whole, "data": [entry.facts for entry in self.data]}
 
 
+class TextsEntry(Strict):
+    """Names of classes, by label, and the model of embeddings that makes vectors of them."""
+
+    model: Reference
+    names: dict[int, str] = Field(min_length=1)
+
+
 class MetaRecipe(TrainingRecipe):
     """A meta-learning as the user wrote it. algorithm: one of `ALGORITHMS`; method: of `tune`, what is learned.
 
@@ -62,7 +70,8 @@ class MetaRecipe(TrainingRecipe):
     ways: classes of an episode; without it each data file is a task. shots, queries: examples to adapt on, and to judge
     by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the algorithm's. steps: outer
     ones, each over `batch_size` tasks. test: how the result, the start, a random start and joint training are judged.
-    on_disk: of reptile, whose tasks are files: the models of the tasks are checkpoints, merged by the engine.
+    on_disk: of reptile, whose tasks are files: the models of the tasks are checkpoints, merged by the engine. texts:
+    of film, the names of classes.
     """
 
     EXPECTED: ClassVar[str] = "a mapping with model, data, task and algorithm"
@@ -77,10 +86,12 @@ class MetaRecipe(TrainingRecipe):
     inner_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     test: TestEntry | None = None
     on_disk: bool = Field(default=False, strict=True)
+    texts: TextsEntry | None = None
     batch_size: int = Field(default=4, strict=True)
 
     _tests: tuple[DataFile, ...] = PrivateAttr(default=())
     _own: dict[str, Value] = PrivateAttr(default_factory=dict)
+    _texts: FoundModel | None = PrivateAttr(default=None)
 
     @property
     def row(self) -> Algorithm:
@@ -121,6 +132,11 @@ class MetaRecipe(TrainingRecipe):
         return {name: value for name, value in self.parameters.items() if name not in self._own}
 
     @property
+    def found_texts(self) -> FoundModel | None:
+        """The model that makes vectors of the names of classes."""
+        return self._texts
+
+    @property
     def own_settings(self) -> Mapping[str, Value]:
         """A value for each parameter of the algorithm."""
         return self._own
@@ -157,7 +173,7 @@ class MetaRecipe(TrainingRecipe):
 
     def _check_tasks(self, row: Algorithm) -> Iterator[Problem]:
         """The problems of the tasks, and of how many a step has."""
-        if self.ways is None and row.kind == "metric":
+        if self.ways is None and (row.kind == "metric" or row.named):
             yield problem_at("ways", FOUND, found="none", expected=f"the classes of an episode, for {row.name}")
         if self.ways is None and len(self.data) < 2:
             expected = "several, each a task, or `ways` for episodes of classes"
@@ -165,6 +181,9 @@ class MetaRecipe(TrainingRecipe):
         if self.ways is not None and (row.kind == "edits" or row.name == "gram"):
             of = "the first of changed answers" if row.kind == "edits" else "each a domain"
             yield problem_at("ways", FOUND, found=str(self.ways), expected=f"none for {row.name}: data files, {of}")
+        if row.named != (self.texts is not None):
+            expected = "{model, names} for film, in a recipe or in Python" if row.named else f"none for {row.name}"
+            yield problem_at("texts", FOUND, found="none" if row.named else "it", expected=expected)
         if row.whole and self.accumulate > 1:
             expected = f"1 for {row.name}, whose steps are not cut into parts"
             yield problem_at("accumulate", FOUND, found=str(self.accumulate), expected=expected)
@@ -202,6 +221,9 @@ class MetaRecipe(TrainingRecipe):
             yield from problems
             files += [] if file is None else [file]
         self._tests = tuple(files)
+        if self.texts is not None:
+            self._texts, problems = attempt(partial(find_reference, self.texts.model, where), "texts.model")
+            yield from problems
         if self.test is not None:
             yield from check_grid(self.test)
 
@@ -212,6 +234,7 @@ class MetaRecipe(TrainingRecipe):
         own |= {"inner_steps": steps, "inner_rate": rate} if self.row.adapts else {}
         own |= {"test": self.test.facts} if self.test is not None else {}
         own |= {"on_disk": True} if self.on_disk else {}
+        own |= {"texts": self.texts.model_dump(mode="json")} if self.texts is not None else {}
         whole = super().normalised()
         parameters = {"parameters": {**whole["parameters"], **self._own}}
         return {**whole, **parameters, **own, "optimizer": self.options.optimizer}

@@ -139,6 +139,23 @@ def test_domains_make_a_prompt_and_a_gate_of_its_slopes() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_classes_have_names_whose_vectors_another_model_makes() -> None:
+    names = {number: f"words {number}" for number in range(5)}
+    texts: dict[str, Any] = {"model": "encoder", "names": names}
+    test = {"data": ["new.jsonl"], "episodes": 3, "rates": [0.1], "steps": [1]}
+    how: dict[str, Any] = {**CLASSES, **HOW, "algorithm": "film"}
+    made = meta_train("bert", "seen.jsonl", "out", texts=texts, test=test, **how)
+    assert list(made.result.facts["test"]) == ["random", "start", "joint", "film"]
+    assert "textual.weight" in load_file("out/meta-film.bin")
+    other = meta_train("bert", "seen.jsonl", "other", texts={**texts, "names": {**names, 4: "rain"}}, **how)
+    assert other.digest != made.digest
+    with pytest.raises(PlanError, match="found no name of the classes 3, 4; expected one of each"):
+        meta_train("bert", "seen.jsonl", "third", texts={**texts, "names": dict(list(names.items())[:3])}, **how)
+    with pytest.raises(PlanError, match="texts: found none, expected .model, names. for film"):
+        meta_train("bert", "seen.jsonl", "third", **how)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_model_is_made_editable_and_judged_by_edits() -> None:
     write_texts(Path("wrong.jsonl"), 3, first=4)
     test = {"data": ["wrong.jsonl", "new.jsonl"], "episodes": 4, "rates": [0.1], "steps": [1, 2]}
