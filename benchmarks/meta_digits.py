@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,8 +45,13 @@ ADAM: Mapping[str, Any] = {"learning_rate": 5e-3, "schedule": "cosine"}
 # The inner steps, and the settings of the optimizer, of algorithms that differ from the others.
 HOW: Mapping[str, tuple[Inner, Mapping[str, Any]]] = {
     "reptile": (Inner(10, 0.3), {"learning_rate": 1.0, "optimizer": "sgd", "schedule": "linear", "clip": 0.0}),
+    "relation": (INNER, {**ADAM, "learning_rate": 1e-3}),
     "mgml": (INNER, {"learning_rate": 1.0, "optimizer": "sgd", "schedule": "constant", "clip": 0.0}),
 }
+# Algorithms for such tasks.
+ROWS = [
+    name for name, row in ALGORITHMS.items() if row.kind not in ("edits", "stream") and not row.named and name != "gram"
+]
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"mgml": {"group_rate": 0.5}}
 SHARES = {"reptile": 4, "meta_lstm": 4, "mgml": 2}  # of the steps, where each is more work
 
@@ -115,7 +120,7 @@ def new_net(seed: int) -> Net:
     return Net()
 
 
-def compare(seed: int, shots: int, steps: int) -> dict[str, float]:
+def compare(seed: int, shots: int, steps: int, rows: Sequence[str]) -> dict[str, float]:
     """The accuracies of one seed, by the name of the start."""
     seen, unseen = rotated_digits(seed)
     training = Episodes(seen, WAYS, shots, QUERIES, seed=seed)
@@ -138,9 +143,8 @@ def compare(seed: int, shots: int, steps: int) -> dict[str, float]:
     began = time.monotonic()
     joint = joint_start(plain.model, start, seen, "classification", ordinary, by_classes=True)
     note("joint", began, evaluate(plain, joint, test, GRID, TESTED))
-    for name, row in ALGORITHMS.items():
-        if row.kind in ("edits", "stream") or name == "gram":
-            continue  # they are for other tasks
+    for name in rows:
+        row = ALGORITHMS[name]
         net = new_net(seed)
         if row.scales:
             net.load_state_dict(joint)
@@ -170,9 +174,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
+    parser.add_argument(
+        "--rows", nargs="+", default=ROWS, help="algorithms to compare with the random and joint starts"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = {shots: [compare(seed, shots, options.steps) for seed in range(options.seeds)] for shots in options.shots}
+    columns = {
+        shots: [compare(seed, shots, options.steps, options.rows) for seed in range(options.seeds)]
+        for shots in options.shots
+    }
     heads = " | ".join(f"{shots} shot{'s' * (shots > 1)}" for shots in columns)
     print(f"| start | {heads} |\n|---|{'--:|' * len(columns)}")
     for name in next(iter(columns.values()))[0]:
