@@ -112,7 +112,7 @@ def test_slow_weights_descend_on_the_loss_after_adapting_the_more_the_less_is_kn
         torch.testing.assert_close(slopes[name], slope, rtol=1e-9, atol=1e-12)
 
 
-def test_edits_are_of_the_first_data_set_and_what_is_to_stay_of_the_others() -> None:
+def test_edits_are_of_the_first_data_set_and_the_rest_of_the_others() -> None:
     data = join([numbered(1, 3), numbered(2, 4, 100), numbered(2, 4, 200)], [None] * 3)
     support, query = sides(Edits(data, None, 1, 4).batch(range(30)))
     assert support["x"].max() < 3 and {*(query["x"] // 100).flatten().tolist()} == {1, 2}
