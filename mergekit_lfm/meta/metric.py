@@ -64,12 +64,14 @@ class Prototypes(MetaLoss):
 class Relation(Prototypes):
     """Classes by a learned comparison of a vector with the mean of a class's: a number from 0 to 1, by least squares.
 
-    Source: Sung et al. 2017, arXiv 1711.06025, equations 1 and 3, with two linear layers for the comparison.
+    Source: Sung et al. 2017, arXiv 1711.06025, equations 1 and 3, with a normalisation, as BatchNorm is there, and two
+    linear layers for the comparison.
     """
 
     def build(self) -> nn.Module:
         super().build()
-        compare = nn.Sequential(nn.Linear(2 * self.head.in_features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+        width = 2 * self.head.in_features
+        compare = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
         return compare.to(self.head.weight.device, self.head.weight.dtype)
 
     def scores(self, start: Parameters, support: Batch, query: Batch) -> Tensor:
