@@ -50,7 +50,9 @@ HOW: Mapping[str, tuple[Inner, Mapping[str, Any]]] = {
 }
 # Algorithms for such tasks.
 ROWS = [
-    name for name, row in ALGORITHMS.items() if row.kind not in ("edits", "stream") and not row.named and name != "gram"
+    name
+    for name, row in ALGORITHMS.items()
+    if row.kind not in ("edits", "stream") and not row.named and not row.crosses
 ]
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"mgml": {"group_rate": 0.5}}
 SHARES = {"reptile": 4, "meta_lstm": 4, "mgml": 2}  # of the steps, where each is more work

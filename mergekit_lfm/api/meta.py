@@ -54,7 +54,9 @@ def meta_train(
     settings = {"model": model, "data": data, "task": task, **training}
     own: dict[str, Any] = {"algorithm": algorithm, "ways": ways, "shots": shots, "queries": queries}
     own |= {"on_disk": True} if on_disk else {}
-    own |= {} if texts is None else {"texts": {**texts, "model": os.fspath(texts["model"])}}
+    own |= (
+        {} if texts is None else {"texts": {name: os.fspath(x) if name == "model" else x for name, x in texts.items()}}
+    )
     own |= {"inner_steps": inner_steps, "inner_rate": inner_rate, "test": None if test is None else _as_test(test)}
     recipe = {**as_settings(settings), "job": "meta", **{name: x for name, x in own.items() if x is not None}}
     planned = plan_meta(MetaRecipe.parse(recipe, label="meta"), expand(out), device=device, memory=memory)

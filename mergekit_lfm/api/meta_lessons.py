@@ -56,6 +56,7 @@ class MetaLessons:
         names = {} if recipe.texts is None else recipe.texts.names
         self.names = NO_NAMES if texts is None else vectors_of(names, texts, planned.device)
         self.before = dict[str, Tensor]()
+        self.tests: tuple[Episodes, Episodes] | None = None
 
     def begin(self, loaded: Loaded, examples: Examples) -> tuple[Episodes, Loss]:
         """The episodes, and the loss over them; what is learned beside the model becomes a part of it."""
@@ -68,16 +69,27 @@ class MetaLessons:
             if self.names:
                 settings["text_width"] = len(next(iter(self.names.values())))
             self.loss = build_loss(model, recipe.task, row, Inner(*recipe.inner), head, settings)
-        episodes = self._episodes(examples, recipe.seed)
+        episodes = self._episodes(examples, recipe.seed, row)
         if row.hard_tasks:
             episodes = replace(episodes, hardness=self.loss.watch(episodes.classes))
+        if recipe.test is not None:
+            self.tests = self._tests(loaded)  # which checks them
         return episodes, self.loss
 
-    def _episodes(self, examples: Examples, seed: int, row: Algorithm | None = None) -> Episodes:
-        """Episodes of these examples. row: as another algorithm than the recipe's has them."""
+    def _tests(self, loaded: Loaded) -> tuple[Episodes, Episodes]:
+        """The episodes of the test: those of the algorithm, and of plain descent. No stream is tested by a stream."""
+        recipe, row = self.recipe, self.recipe.row
+        sets = [read_file(file, loaded, self.planned, fits=recipe.labels_fit) for file in recipe.more_files]
+        sets = lengthen_for(loaded, [self.examples, *sets])[1:]
+        whole, seed = join(sets, [None] * len(sets)), seed_of(recipe.seed, "test")
+        own = self._episodes(whole, seed, PLAIN if row.kind == "stream" else row)
+        return own, self._episodes(whole, seed, PLAIN) if row.named else own  # which have no names
+
+    def _episodes(self, examples: Examples, seed: int, row: Algorithm) -> Episodes:
+        """Episodes of these examples, as an algorithm has them."""
         recipe = self.recipe
         sizes = {"ways": recipe.ways, "shots": recipe.shots, "queries": recipe.queries}
-        return make_episodes(row or recipe.row, recipe.own_settings, examples, self.names, **sizes, seed=seed)
+        return make_episodes(row, recipe.own_settings, examples, self.names, **sizes, seed=seed)
 
     def end(self, loaded: Loaded) -> dict[str, Any]:
         """The scores of the result and of what it is compared with on tasks that were not seen; nothing without them.
@@ -108,11 +120,8 @@ class MetaLessons:
         """The scores of the starts, each in the cell of the grid that is best for it."""
         recipe, test, model = self.recipe, self.recipe.test, loaded.model
         assert test is not None
-        sets = [read_file(file, loaded, self.planned, fits=recipe.labels_fit) for file in recipe.more_files]
-        sets = lengthen_for(loaded, [self.examples, *sets])[1:]
-        seed = seed_of(recipe.seed, "test")
-        whole, row = join(sets, [None] * len(sets)), recipe.row
-        episodes = self._episodes(whole, seed)
+        assert self.tests is not None
+        (episodes, theirs), row = self.tests, recipe.row
         starts = {"start": self.before, "joint": self._joint(model, test)}
         if recipe.declaration.makes == "checkpoint":  # else a part of a model is trained, which is not drawn at random
             starts = {"random": random_start(model, self.before, seed_of(recipe.seed, "random")), **starts}
@@ -126,7 +135,6 @@ class MetaLessons:
             own = [loss.inner]
         elif row.learns_rates:
             own = [Inner(count, None) for count in test.steps]
-        theirs = self._episodes(whole, seed, PLAIN) if row.named else episodes  # which have no names
         work: dict[str, _Work] = {name: (plain, start, theirs, grid) for name, start in starts.items()}
         work[recipe.algorithm] = (loss, found, episodes, own)
         at_once, scores = -(-recipe.options.batch_size // recipe.options.accumulate), dict[str, Any]()
@@ -168,6 +176,6 @@ def vectors_of(names: Mapping[int, str], texts: Checkpoint, device: str) -> dict
     place = next(loaded.model.parameters()).device
     tokenizer, found = tokenizer_for_texts(loaded.tokenizer), dict[int, Tensor]()
     for label, name in names.items():
-        ids = torch.tensor([tokenizer(name)["input_ids"]], device=place)
+        ids = torch.tensor([tokenizer(name)["input_ids"][: loaded.positions]], device=place)
         found[label] = pool(loaded.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].float().cpu()
     return found

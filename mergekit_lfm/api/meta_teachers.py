@@ -37,13 +37,13 @@ from mergekit_lfm.recipe.files import FoundModel
 from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 from mergekit_lfm.runtime.load import Loaded, load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lfm.store.places import beside, remove
+from mergekit_lfm.store.places import remove
 from mergekit_lfm.train.examples import seed_of
 from mergekit_lfm.train.loop import STATE, History, fit
 from mergekit_lfm.train.losses import Loss
 from mergekit_lfm.train.processes import current_group
 
-MEAN = ".mean"  # ends the name of the folder of the merge, beside OUT
+MEAN = ".mean"  # the folder of the merge, in that of the state
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,17 @@ def initialise_planned(
 
 def _average(planned: PlannedInitialisation, progress: Progress, threads: int | None) -> list[str]:
     """The mean by the engine's linear merge; the model gives the form and the other files, with weight 0."""
-    place, recipe = beside(planned.out, MEAN), planned.recipe
+    place, recipe = planned.training / MEAN, planned.recipe
     weighted = [(recipe.found, 0.0), *((found, 1.0) for found in recipe.found_teachers)]
     models = [{"model": _text_of(found), "parameters": {"weight": weight}} for found, weight in weighted]
-    merge({"merge_method": "linear", "models": models}, place, threads=threads, card=False, progress=progress)
+    if place.exists():
+        remove(place)  # of a run that was killed after the merge
+    document = {"merge_method": "linear", "models": models}
+    merged = merge(document, place, threads=threads, card=False, progress=progress)
     (place / CONFIG).unlink(missing_ok=True)  # the merge's recipe, which is not that of the result
     findings = _save(planned, {}, Initialised("average", len(planned.teachers), planned.size), open_checkpoint(place))
     remove(place)
-    return findings
+    return [*(str(warning) for warning in merged.warnings), *findings]
 
 
 def _text_of(found: FoundModel) -> str:
@@ -170,7 +173,7 @@ def _from_images(planned: PlannedInitialisation, progress: Progress, threads: in
     recipe = planned.recipe
     loaded = load_model(planned.source, "classification", device=planned.device)
     teachers = [load_model(each, "classification", device=planned.device).model for each in planned.teachers]
-    for name, model in zip(planned.models, (loaded.model, *teachers), strict=True):
+    for name, model in zip((recipe.model, *recipe.teachers), (loaded.model, *teachers), strict=True):
         if getattr(model, "main_input_name", "") != "pixel_values":
             raise PlanError(f"{name} takes no images; expected a classifier of images. Give such a model")
     student, calls = ImageStudent(loaded), torch.zeros(2, dtype=torch.long)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mergekit_lfm.api.synthesise_plans import STATISTICS, Shape, shared_form
+from mergekit_lfm.api.synthesise_plans import STATISTICS, Shape, classes_of, shared_form
 from mergekit_lfm.api.tune_plans import TRAINING
-from mergekit_lfm.distill.course import labels_of
 from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.machine.launch import is_launched
@@ -71,6 +70,8 @@ class PlannedInitialisation:
     def request(self) -> Request:
         """The request that the result answers."""
         whole = {**self.recipe.normalised(), "device": self.device.partition(":")[0]}
+        if self.form is not None:
+            whole |= {"shape": [*self.form[0]], "pixels": [*self.form[1]]}
         names = public_names([*self.models])
         public = {**whole, "model": names[self.recipe.model], "teachers": [names[x] for x in self.recipe.teachers]}
         inputs = tuple(RequestInput(ref, source, source.config) for ref, source in self.models.items())
@@ -129,8 +130,8 @@ def _check_alike(named: Sequence[tuple[str, Checkpoint]]) -> None:
 def _check_classifiers(named: Sequence[tuple[str, Checkpoint]]) -> None:
     """Raise PlanError for teachers of other numbers of classes than the model, and for a model with BatchNorm."""
     (first, source), *others = named
-    labels = labels_of(source.config)
-    other = [f"{name} has {count}" for name, x in others if (count := labels_of(x.config)) != labels]
+    labels = classes_of(source)
+    other = [f"{name} has {count}" for name, x in others if (count := classes_of(x)) != labels]
     if other:
         raise PlanError(
             f"{first} has {labels} classes, and {shorten(other, 5)}; expected as many. Make a model with a head of "

@@ -125,7 +125,7 @@ class PlannedImages:
         """Write a file of a gray image of each class, and a folder like the student without data."""
         import numpy as np
 
-        classes, buffer = sum(_classes_of(each.source) for each in self.teachers), io.BytesIO()
+        classes, buffer = sum(classes_of(each.source) for each in self.teachers), io.BytesIO()
         middle = sum(self.pixels) / 2
         pixels = np.full((classes, *self.shape), middle, np.float32)
         np.savez(buffer, pixel_values=pixels, labels=np.arange(classes))
@@ -162,7 +162,7 @@ def plan_synthesis(
     return PlannedImages(recipe, out, teachers, student, shape, pixels, place)
 
 
-def _classes_of(model: Checkpoint) -> int:
+def classes_of(model: Checkpoint) -> int:
     return labels_of(model.config) or CLASSES
 
 
@@ -186,7 +186,7 @@ def shared_form(
 def _check_ranges(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...]) -> None:
     """Raise PlanError for a teacher with another number of classes than the recipe says."""
     for each, (_, classes) in zip(teachers, recipe.found_teachers, strict=True):
-        found = _classes_of(each.source)
+        found = classes_of(each.source)
         if classes is not None and found != classes[1] - classes[0] + 1:
             expected = f"{classes[0]} to {classes[1]}"
             raise PlanError(f"{each.ref} has {found} classes; expected {expected}. Correct its `classes`")
@@ -194,7 +194,7 @@ def _check_ranges(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...]) -> 
 
 def _check_classes(recipe: SynthesiseRecipe, teachers: tuple[ReadModel, ...], student: Checkpoint) -> None:
     """Raise PlanError if the student has another number of classes than the teachers together."""
-    wanted, found = sum(_classes_of(each.source) for each in teachers), _classes_of(student)
+    wanted, found = sum(classes_of(each.source) for each in teachers), classes_of(student)
     if wanted != found:
         who = "the teacher has" if len(teachers) == 1 else "the teachers have"
         raise PlanError(

@@ -19,6 +19,10 @@ from mergekit_lfm.train.losses import SCORES
 class Edits(Episodes):
     """Episodes whose support set is of the first data set, answers to change to, and whose query set is of another."""
 
+    @property
+    def digest(self) -> str:
+        return f"edits {super().digest}"
+
     def _draw(self, number: int, *, hard: bool) -> tuple[list[int], list[int]]:  # noqa: ARG002
         """The data set of the query set, and the examples: the support set, then the query set."""
         edits, *others = self._pools.values()
@@ -32,6 +36,10 @@ class Edits(Episodes):
     def _check(self) -> None:
         """Raise PlanError for data sets with too few examples."""
         edits, *others = self._pools.values()
+        if not others:
+            raise PlanError(
+                "found one file; expected one with answers to change to, and others with what is to stay. Give more"
+            )
         for name, pool, count in (("edits", edits, self.shots), *(("other data", x, self.queries) for x in others)):
             if len(pool) < count:
                 raise PlanError(

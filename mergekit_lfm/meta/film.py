@@ -27,6 +27,10 @@ class NamedEpisodes(Episodes):
 
     names: Mapping[int, Tensor] = field(kw_only=True)
 
+    @property
+    def digest(self) -> str:
+        return f"{super().digest} {[(label, x.tolist()) for label, x in self.names.items()]}"
+
     def _check(self) -> None:
         super()._check()
         nameless = sorted({*self._pools} - {*self.names})
@@ -61,24 +65,32 @@ class Film(Prototypes):
 
     def adapted(self, start: Parameters, support: Batch, inner: Inner) -> Parameters:
         assert inner.rate is not None
-        return adapt(self._loss, start, support, steps=inner.steps, rate=inner.rate, moves=self.moves)
+        vectors = self.own_vectors(start, support)  # the same at every step, since the metric alone moves
+
+        def loss(found: Parameters, batch: Batch) -> Tensor:
+            return nn.functional.cross_entropy(self.compared(found, vectors, batch), batch["labels"])
+
+        return adapt(loss, start, support, steps=inner.steps, rate=inner.rate, moves=self.moves)
 
     def loss_of(self, start: Parameters, support: Batch, query: Batch) -> Tensor:
-        return self._loss(self.adapted(start, support, self.inner), query)
+        found = self.adapted(start, support, self.inner)
+        scores = self.compared(found, self.own_vectors(found, query), query)
+        return nn.functional.cross_entropy(scores, query["labels"])
 
     def score(self, found: Parameters, support: Batch, query: Batch) -> Tensor:  # noqa: ARG002
-        return (self.named_scores(found, query).argmax(-1) == query["labels"]).float().mean()
+        scores = self.compared(found, self.own_vectors(found, query), query)
+        return (scores.argmax(-1) == query["labels"]).float().mean()
 
-    def named_scores(self, found: Parameters, batch: Batch) -> Tensor:
+    def own_vectors(self, start: Parameters, batch: Batch) -> Tensor:
+        """The vectors of examples, [n, d]."""
+        return self.vectors(start, {name: x for name, x in batch.items() if name != TEXTS})
+
+    def compared(self, found: Parameters, vectors: Tensor, batch: Batch) -> Tensor:
         """The scores of classes by their names, [n, ways]."""
         assert self.beside is not None
         own = {name.removeprefix(f"{BESIDE}."): x for name, x in found.items() if name.startswith(f"{BESIDE}.")}
-        vectors = self.vectors(found, {name: x for name, x in batch.items() if name != TEXTS})
         scores: Tensor = torch.func.functional_call(self.beside, own, (vectors, batch[TEXTS]))
         return scores
-
-    def _loss(self, found: Parameters, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(self.named_scores(found, batch), batch["labels"])
 
 
 class Metric(nn.Module):

@@ -56,7 +56,8 @@ class Prototypes(MetaLoss):
             handle.remove()
         (vectors,) = heard
         if vectors.ndim == 3:
-            last = batch["attention_mask"].sum(1) - 1
+            mask = batch["attention_mask"]
+            last = mask.sum(1) - 1 + vectors.shape[1] - mask.shape[1]  # behind the tokens of a prompt
             return vectors.gather(1, last[:, None, None].expand(-1, 1, vectors.shape[-1])).squeeze(1)
         return vectors.flatten(1)
 

@@ -30,7 +30,7 @@ class LearnedSteps(MetaLoss):
         assert rate is not None
         self.inner = Inner(self.inner.steps, None)
         like = next(iter(self.start().values()))
-        return Gates(int(self.number("hidden")), min(rate, 0.99)).to(like.device, like.dtype)
+        return Gates(int(self.number("hidden")), rate).to(like.device, like.dtype)
 
     def adapted(self, start: Parameters, support: Batch, inner: Inner) -> Parameters:
         gates = self.beside

@@ -15,10 +15,10 @@ from mergekit_lfm.train.losses import Terms
 class Regulated(MetaLoss):
     """GRAM: slopes are gated, so that steps on one domain also help another one.
 
-    The gate of a slope is the sigmoid of a linear function, number by number, of the slope over its length; it is
-    learned with the start, from the query sets of a task and of the one after it in the batch. Its first values are
-    1/2, and the slopes that pass are doubled, so that the first steps are plain descent. Source: Li et al. 2023, arXiv
-    2303.06571; the paper leaves the form of the function open.
+    The gate of a slope is the sigmoid of a linear function, number by number, of the slope over the root of its mean
+    square; it is learned with the start, from the query sets of a task and of the one after it in the batch. Its first
+    values are 1/2, and the slopes that pass are doubled, so that the first steps are plain descent. Source: Li et al.
+    2023, arXiv 2303.06571; the form of the function is ours.
     """
 
     def build(self) -> nn.Module:
@@ -46,6 +46,6 @@ class Regulated(MetaLoss):
         """A slope behind its gate."""
         assert isinstance(self.beside, nn.ParameterDict)
         factors, shifts = self.beside[key_of(name)]
-        length = slope.square().mean().sqrt().clamp_min(torch.finfo(slope.dtype).tiny)
-        passed: Tensor = 2 * (factors * slope / length + shifts).sigmoid() * slope
+        size = slope.square().mean().clamp_min(torch.finfo(slope.dtype).tiny).sqrt()  # 0 has a slope, too
+        passed: Tensor = 2 * (factors * slope / size + shifts).sigmoid() * slope
         return passed

@@ -44,10 +44,11 @@ class Continual(MetaLoss):
     """Continual-MAML: fast weights that follow the stream, and slow ones, the model, from which they begin anew.
 
     Of each chunk the fast weights are judged first, and then adapt to it. A fall of the loss by `threshold` or more
-    tells that the task is a new one: the fast weights begin anew from the slow ones. These descend on the loss of the
-    query set after adapting from them to the support set, which counts 1 - exp(-smoothing * loss): what is known well
-    moves them little. The loss that the training reports is that of the fast weights before they adapt. Source: Caccia
-    et al. 2020, arXiv 2003.05856, algorithm 2, without its buffer of chunks: a chunk has both sets.
+    tells that the task is a new one: the fast weights begin anew from the slow ones. These descend with each chunk on
+    the loss of the query set after adapting from them to the support set, which counts 1 - exp(-smoothing * loss): what
+    is known well moves them little. The fast weights do not reach them: they are how the stream was met, whose loss the
+    training reports. Source: Caccia et al. 2020, arXiv 2003.05856, algorithm 2. There a task's chunks are collected,
+    and the slow weights move when it ends, so that no step is of two tasks; here a chunk has both sets.
     """
 
     def build(self) -> nn.Module:

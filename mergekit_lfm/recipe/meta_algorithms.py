@@ -23,9 +23,9 @@ class Algorithm:
     learns_rates: a rate for each number of the model is learned with it. scales: the model stays, but for factors and
     shifts of its channels, and the head. hard_tasks: half of a step's episodes are of the classes with the largest
     losses. learns_steps: the rule of the inner steps is learned, for as many as they are. named: classes have names,
-    whose vectors are compared with. own_file: what is learned beside the model has a file. whole: a step depends on all
-    its tasks at once, or on the step before, so that it is not cut into parts. inner_steps, inner_rate: of adapting, by
-    default. parameters: of the algorithm alone.
+    whose vectors are compared with. own_file: what is learned beside the model has a file. crosses: a task is judged by
+    another one, too. whole: a step depends on all its tasks at once, or on the step before, so that it is not cut into
+    parts. inner_steps, inner_rate: of adapting, by default. parameters: of the algorithm alone.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Algorithm:
     learns_steps: bool = False
     named: bool = False
     own_file: bool = False
+    crosses: bool = False
     whole: bool = False
     inner_steps: int = 5
     inner_rate: float = 0.1
@@ -113,7 +114,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         Algorithm(
             "film",
             "arXiv 2307.04114",
-            "classes by a learned comparison with the vectors of their names, which alone adapts; derived as maml",
+            "classes by a learned comparison with the vectors of their names, which alone adapts; in recipes",
             tasks=("classification",),
             named=True,
             own_file=True,
@@ -144,13 +145,18 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         Algorithm(
             "continual",
             "arXiv 2003.05856",
-            "maml on tasks as they come, with fast weights that begin anew when the task has changed",
+            "fomaml on tasks as they come, met by fast weights that begin anew when the task has changed",
             kind="stream",
             first_order=True,
             whole=True,
             parameters=(
                 Parameter("stay", 0.9, minimum=0, maximum=1, doc="how probably the task stays the same"),
-                Parameter("threshold", 1.0, above=0, doc="the fall of the loss in a step that tells a new task"),
+                Parameter(
+                    "threshold",
+                    1.0,
+                    above=0,
+                    doc="the fall of the loss that tells a new task, with which fast weights begin anew",
+                ),
                 Parameter("smoothing", 1.0, above=0, doc="how soon a loss counts fully for the slow weights"),
             ),
         ),
@@ -169,6 +175,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "gram",
             "arXiv 2303.06571",
             "maml with a learned gate for slopes, judged by the next task too; for prompts",
+            crosses=True,
             own_file=True,
             whole=True,
         ),

@@ -56,12 +56,15 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
         task = GRAPH * (support + query) + 3 * weights
     elif row.first_order:
         task = max(GRAPH * support, query) + 3 * weights
-    elif row.head_only:
+    elif row.head_only or row.named:
         task = (1 + steps) * support + query
     else:
         task = steps * (GRAPH * support + 2 * weights) + query
     moments = 2 if recipe.options.optimizer == "adamw" else 0
     tasks = math.ceil(recipe.options.batch_size / recipe.options.accumulate)
+    if row.kind == "stream":
+        tasks = 1  # at a time
+    tasks = int(recipe.own_settings.get("group_count") or tasks)
     kept = (2 + moments + int(row.learns_rates) * (2 + moments)) * weights
     return Need(kept, tasks * task, tasks, _cure(recipe, tasks))
 
@@ -88,8 +91,13 @@ def bytes_of_example(recipe: MetaRecipe, config: Mapping[str, Any]) -> int | Non
 
 def _cure(recipe: MetaRecipe, tasks: int) -> str:
     """The ways to need less."""
-    ways = [f"cut the batch into more parts (accumulate: {recipe.options.batch_size})"] if tasks > 1 else []
-    if not recipe.row.first_order:
+    row, ways = recipe.row, list[str]()
+    if tasks > 1:
+        parts = f"cut the batch into more parts (accumulate: {recipe.options.batch_size})"
+        ways.append("set a smaller batch_size" if row.whole else parts)
+    if not row.first_order:
         ways.append("choose an algorithm that holds one pass (fomaml, or reptile)")
-    ways += ["set fewer inner_steps"] if recipe.inner[0] > 1 and not recipe.row.first_order else []
+    if recipe.inner[0] > 1 and (row.learns_steps or not row.first_order):
+        ways.append("set fewer inner_steps")
+    ways += ["set a smaller hidden"] if row.learns_steps else []
     return ", or ".join([*ways, "train less of the model (method: lora or bitfit)", "give shorter examples (window)"])

@@ -59,7 +59,7 @@ class TextsEntry(Strict):
     """Names of classes, by label, and the model of embeddings that makes vectors of them."""
 
     model: Reference
-    names: dict[int, str] = Field(min_length=1)
+    names: dict[int, Annotated[str, Field(min_length=1)]] = Field(min_length=1)
 
 
 class MetaRecipe(TrainingRecipe):
@@ -178,9 +178,16 @@ class MetaRecipe(TrainingRecipe):
         if self.ways is None and len(self.data) < 2:
             expected = "several, each a task, or `ways` for episodes of classes"
             yield problem_at("data", FOUND, found="one file", expected=expected)
-        if self.ways is not None and (row.kind == "edits" or row.name == "gram"):
+        if self.ways is not None and (row.kind == "edits" or row.crosses):
             of = "the first of changed answers" if row.kind == "edits" else "each a domain"
             yield problem_at("ways", FOUND, found=str(self.ways), expected=f"none for {row.name}: data files, {of}")
+        if row.kind == "edits" and self.test is not None and len(self.test.data) < 2:
+            yield problem_at("test.data", FOUND, found="one file", expected="two or more, as `data` has them")
+        if row.learns_steps and self.inner[1] >= 1:
+            expected = f"a number below 1 for {row.name}, whose first steps are a share of the slope"
+            yield problem_at("inner_rate", FOUND, found=f"{self.inner[1]:g}", expected=expected)
+        if row.crosses and self.batch_size < 2:
+            yield problem_at("batch_size", FOUND, found="1", expected=f"2 or more for {row.name}, which compares tasks")
         if row.named != (self.texts is not None):
             expected = "{model, names} for film, in a recipe or in Python" if row.named else f"none for {row.name}"
             yield problem_at("texts", FOUND, found="none" if row.named else "it", expected=expected)
@@ -244,5 +251,5 @@ def check_grid(test: TestEntry) -> Iterator[Problem]:
     """The problems of a grid of rates and steps."""
     if any(not 0 < rate < math.inf for rate in test.rates):
         yield problem_at("test.rates", FOUND, found=str([*test.rates]), expected="numbers above 0")
-    if any(count < 1 for count in test.steps):
-        yield problem_at("test.steps", FOUND, found=str([*test.steps]), expected="whole numbers of 1 or more")
+    if any(count < 0 for count in test.steps):
+        yield problem_at("test.steps", FOUND, found=str([*test.steps]), expected="whole numbers of 0 or more")

@@ -98,15 +98,15 @@ class TeachersRecipe(JobForm):
             return
         for key in OWN:
             is_set = key in self.model_fields_set and getattr(self, key) is not None
-            if is_set and key not in row.reads and key != "seed":
+            if is_set and key not in row.reads:
                 yield problem_at(key, FOUND, found="it", expected=f"none: {row.name} does not read {key}; leave it out")
         need = self.shots + self.queries
         if self.images is not None and self.images < need:
             expected = f"at least {need}, for {self.shots} shots and {self.queries} queries"
             yield problem_at("images", FOUND, found=str(self.images), expected=expected)
-        half = 2 * max(self.shots, self.queries)
-        if row.name == "bidf" and need <= (self.images or half) < half:
-            expected = f"at least {half} for bidf, one half for shots and one for queries"
+        both = 2 * max(self.shots, self.queries)
+        if row.name == "bidf" and need <= (self.images or both) < both:
+            expected = f"at least {both} for bidf, one half for shots and one for queries"
             yield problem_at("images", FOUND, found=str(self.images), expected=expected)
         if self.low is not None and self.high is not None and not self.low < self.high:
             yield problem_at("high", FOUND, found=f"{self.high:g}", expected=f"a number above low, {self.low:g}")
@@ -153,5 +153,6 @@ class TeachersRecipe(JobForm):
         """The recipe in one canonical JSON-able form, which parses back to the same result on any machine."""
         whole: dict[str, Any] = {"job": self.job, "model": self.model, "teachers": [*self.teachers]}
         read = {key: x for key in OWN if key in self.row.reads and (x := getattr(self, key)) is not None}
+        read |= {"seed": self.seed} if self.row.reads else {}
         read |= {"learning_rate": self.options.learning_rate} if "learning_rate" in self.row.reads else {}
         return {**whole, "algorithm": self.algorithm, **read}

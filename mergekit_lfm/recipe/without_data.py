@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TRAINED = ("steps", "learning_rate", "seed")
+TRAINED = ("steps", "learning_rate")  # and the seed
 EPISODES = ("shots", "queries", "inner_steps", "inner_rate", "batch_size", "images", "image_steps", "image_rate")
 FORM = ("size", "low", "high")
 

@@ -187,6 +187,7 @@ def _step(
     device = next(iter(state.parameters.values())).device
     size = math.ceil(len(numbers) / options.accumulate)
     total, count, tokens = 0.0, 0.0, 0.0
+    kept = [(x, x.detach().clone()) for x in model.buffers()]  # that a loss may change, as counts of what it has seen
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     whole = len(parts) == group.count == 1
     for part in parts:
@@ -212,12 +213,15 @@ def _step(
     if not math.isfinite(norm):
         state.optimizer.zero_grad()
         if file is not None:
+            with torch.no_grad():
+                for x, value in kept:
+                    x.copy_(value)
             state.save(file, request)
-        kept = f" The state before it is in {file}" if file is not None else ""
+        where = f" The state before it is in {file}" if file is not None else ""
         found = f"the loss of step {step + 1} is {mean}" + (
             ", and its gradient is not finite" if mean < math.inf else ""
         )
-        raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{kept}")
+        raise PlanError(f"{found}, expected finite numbers; {_cure(options)}.{where}")
     for settings in state.optimizer.param_groups:
         settings["lr"] = settings["share"] * options.rate(step)
     state.optimizer.step()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mergekit_lfm import PlanError, meta_train, open_checkpoint, verify_output
 from mergekit_lfm.api.recipes import run_recipe
 from mergekit_lfm.commands.show.initialisations import done_text
+from mergekit_lfm.meta import groups
 from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
 from mergekit_lfm.recipe.source import RecipeText
@@ -82,7 +83,9 @@ def test_a_model_is_learned_from_episodes_and_judged_on_new_classes() -> None:
 @pytest.mark.parametrize("name", ["maml", "mtl", "relation", "reptile", "mgml", "continual", "meta_lstm"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {**CLASSES, **HOW, "algorithm": name, "inner_steps": None if name == "relation" else 1}
-    meta_train("bert", "seen.jsonl", "whole", **how)
+    monkeypatch.setattr(groups, "EPOCH", 1)  # so that the momentum is another one in the fourth step
+    how |= {"steps": 5} if name == "mgml" else {}
+    whole = meta_train("bert", "seen.jsonl", "whole", **how)
     drawn = list[int]()
     draw = Episodes.batch
 
@@ -95,8 +98,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(name: str, monkeypatch: py
     monkeypatch.setattr(Episodes, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         meta_train("bert", "seen.jsonl", "parts", **how)
-    meta_train("bert", "seen.jsonl", "parts", **how)
-    assert drawn == [0, 2, 4] and bytes_of("parts") == bytes_of("whole")
+    parts = meta_train("bert", "seen.jsonl", "parts", **how)
+    assert drawn == [*range(0, 2 * how["steps"], 2)] and bytes_of("parts") == bytes_of("whole")
+    assert parts.result.facts == whole.result.facts  # of a stream: how it was met
 
 
 @pytest.mark.usefixtures("here")
@@ -215,6 +219,12 @@ REFUSED = [
     ),
     ({"algorithm": "continual", "parameters": {"stay": 2}}, "parameters.stay"),
     ({"algorithm": "editable"}, "ways: found 3, expected none for editable: data files, the first of changed answers"),
+    (
+        {"algorithm": "editable", "ways": None, "test": "new.jsonl"},
+        "test.data: found one file, expected two or more, as `data` has them",
+    ),
+    ({"algorithm": "meta_lstm", "inner_rate": 2.0}, "inner_rate: found 2, expected a number below 1 for meta_lstm"),
+    ({"algorithm": "gram", "ways": None, "batch_size": 1}, "batch_size: found 1, expected 2 or more for gram"),
     ({"algorithm": "gram", "method": "prefix"}, "method: found prefix, expected a method that trains"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from helpers_commands import refusal, run
 from safetensors.torch import load_file
 
 from mergekit_lfm import PlanError, meta_from_teachers, open_checkpoint, plan_recipe, run_recipe, verify_output
+from mergekit_lfm.api import meta_teachers
+from mergekit_lfm.api.meta_teachers_plans import plan_from_teachers
 from mergekit_lfm.api.planned import PlannedJob
 from mergekit_lfm.commands.jobs import show_of
+from mergekit_lfm.meta import without_data
 from mergekit_lfm.meta.pool import PoolEpisodes
 from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 
@@ -65,6 +69,33 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
     return load_file(f"{folder}/model.safetensors")
 
 
+def test_an_average_that_was_killed_before_it_was_written_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(meta_teachers, "_save", killed)
+        meta_from_teachers("new", TEACHERS, "out", threads=1)
+    made = meta_from_teachers("new", TEACHERS, "out", threads=1)
+    assert made.result.teachers == 3 and not Path("out.training").exists()
+
+
+def test_a_request_has_the_range_of_pixels_and_the_model_may_be_a_teacher() -> None:
+    for name in ("one", "two"):
+        shutil.copytree(name, f"own-{name}")
+    recipe = {"job": "meta", "model": "own-one", "teachers": ["own-one", "own-two"], "algorithm": "purer", "size": 4}
+
+    def digest() -> str:
+        return plan_from_teachers(TeachersRecipe.parse(recipe, label="meta"), Path("out")).request.digest
+
+    before = digest()
+    for name in ("one", "two"):
+        Path(f"own-{name}/preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.1]}')
+    assert digest() != before
+    made = meta_from_teachers("own-one", ["own-one", "own-two"], "out", algorithm="purer", size=4, **IMAGES)
+    assert made.result.teachers == 2
+
+
 def test_the_average_is_the_mean_with_the_files_of_the_model() -> None:
     made = meta_from_teachers("new", TEACHERS, "out", threads=1)
     found, each = tensors("out"), [tensors(name) for name in TEACHERS]
@@ -74,7 +105,7 @@ def test_the_average_is_the_mean_with_the_files_of_the_model() -> None:
     assert Path("out/config.json").read_bytes() == Path("new/config.json").read_bytes()
     names = {"config.json", "merge.lock.json", "meta.json", "model.safetensors"}
     assert {path.name for path in Path("out").iterdir()} == names
-    assert verify_output("out").result.differences == () and not Path("out.mean").exists()
+    assert verify_output("out").result.differences == () and not Path("out.training").exists()
     again = meta_from_teachers("new", TEACHERS, "out", threads=1)
     assert again.already_there and again.result == made.result and made.result.loss is None
 
@@ -92,6 +123,8 @@ def test_a_fusion_of_teachers_is_between_them() -> None:
 @pytest.mark.parametrize("name", ["purer", "bidf"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes_and_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {**IMAGES, "algorithm": name, **({"directions": 2} if name == "bidf" else {})}
+    monkeypatch.setattr(without_data, "PATIENCE", 1)  # so that the curriculum is another one in the last steps
+    how |= {"steps": 6} if name == "purer" else {}
     teachers = [*TEACHERS[:2], *(["norms"] if name == "purer" else [])]  # whose architecture may be another
     whole = meta_from_teachers("new", teachers, "whole", size=4, **how)
     drawn = list[int]()
@@ -107,7 +140,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes_and_count(name: str, monke
     with pytest.raises(KeyboardInterrupt):
         meta_from_teachers("new", teachers, "parts", size=4, **how)
     parts = meta_from_teachers("new", teachers, "parts", size=4, **how)
-    assert drawn == [0, 2, 4] and parts.result == whole.result
+    assert drawn == [*range(0, 2 * (how["steps"] + 1), 2)] and parts.result == whole.result
     same = Path("parts/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     assert same and not torch.equal(*(tensors(x)["classifier.weight"] for x in ("whole", "new")))
     asked = {"purer": (None, None), "bidf": (4 * 12 * 3, 8)}[name]  # 12 images, and each moved in two directions

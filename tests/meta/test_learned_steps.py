@@ -84,6 +84,9 @@ def test_a_gate_of_slopes_is_learned_from_the_next_task_too() -> None:
     ends = [adapted_by_hand(start, task.support, 2, 0.2) for task in tasks]
     judged = [(loss_by_hand(ends[n], tasks[n].query) + loss_by_hand(ends[n], tasks[n - 2].query)) / 2 for n in range(3)]
     assert float(loss(model, batch).total.detach()) == pytest.approx(float(sum(x.item() for x in judged)), rel=1e-12)
+    zero = torch.zeros(3, requires_grad=True)
+    loss.gated("inner.3.bias", zero).sum().backward()  # type: ignore[attr-defined]
+    assert zero.grad is not None and bool(zero.grad.isfinite().all())  # as of a LoRA's A at the first step
     slopes: Mapping[str, Tensor] = slopes_of(loss, model, batch)
     for name, place in (("inner/0/weight", (0, 2)), ("inner/3/bias", (1, 1))):
         sides = []
