@@ -163,6 +163,7 @@ def plan_synthesis(
 
 
 def classes_of(model: Checkpoint) -> int:
+    """How many classes a model has, by its config."""
     return labels_of(model.config) or CLASSES
 
 

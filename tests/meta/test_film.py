@@ -35,7 +35,7 @@ def test_episodes_have_the_vectors_of_the_names_of_their_classes() -> None:
         make_episodes(ROW, {}, numbered(7), names, ways=3, shots=2, queries=4, seed=5)
 
 
-def test_a_comparison_is_the_cosine_and_what_a_network_adds() -> None:
+def test_a_comparison_is_the_cosine_and_a_network_on_top() -> None:
     torch.manual_seed(0)
     metric, vectors, texts = Metric(6, 3).double(), torch.randn(5, 6).double(), torch.randn(4, 3).double()
     found = metric(vectors, texts)
