@@ -62,9 +62,7 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
         task = steps * (GRAPH * support + 2 * weights) + query
     moments = 2 if recipe.options.optimizer == "adamw" else 0
     tasks = math.ceil(recipe.options.batch_size / recipe.options.accumulate)
-    if row.kind == "stream":
-        tasks = 1  # at a time
-    tasks = int(recipe.own_settings.get("group_count") or tasks)
+    tasks = int(recipe.own_settings.get("group_count") or tasks)  # groups go through theirs one after the other
     kept = (2 + moments + int(row.learns_rates) * (2 + moments)) * weights
     return Need(kept, tasks * task, tasks, _cure(recipe, tasks))
 
