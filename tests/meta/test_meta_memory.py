@@ -16,6 +16,7 @@ from mergekit_lfm.meta.algorithms import build_loss
 from mergekit_lfm.meta.losses import Inner
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
 from mergekit_lfm.recipe.meta_memory import estimate_need
+from mergekit_lfm.recipe.options import defaults_of
 
 torch.set_num_threads(1)
 sizes = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -44,13 +45,13 @@ watcher.join()
 numbers = sum(x.numel() for x in model.parameters())
 options = SimpleNamespace(optimizer="adamw", batch_size=2, accumulate=1)
 recipe = SimpleNamespace(task="classification", window=64, row=row, inner=(3, 0.1), ways=5, shots=3, queries=5)
-recipe.options = options
+recipe.options, recipe.own_settings = options, defaults_of(row.parameters)
 print(json.dumps([max(peaks) - before, estimate_need(recipe, config.to_dict(), numbers).inner]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "proto"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "proto", "editable"])
 def test_a_step_holds_as_much_as_is_planned(name: str) -> None:
     ran = subprocess.run([sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, check=True)
     held, planned = json.loads(ran.stdout.splitlines()[-1])
