@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_editing import LLAMA, TEXTS, trained_tokenizer
+
+from mergekit_lfm.api.recipes import run_recipe
+from mergekit_lfm.recipe.source import RecipeText
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,3 +106,36 @@ def tiny(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
             write_data(kind, folder / f"{kind}.jsonl")
 
     return made_once("tiny-tuned", make)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, source: type) -> list[int]:
+    """Have Ctrl-C come once, as a source of batches makes its second one; the first number of each batch from then on.
+
+    The step is ended, and its state saved.
+    """
+    drawn, draw = list[int](), source.batch  # type: ignore[attr-defined]
+
+    def interrupted(self: object, numbers: list[int], draw_: int = 0) -> dict[str, torch.Tensor]:
+        drawn.append(numbers[0])
+        if len(drawn) == 2:
+            signal.raise_signal(signal.SIGINT)
+        batch: dict[str, torch.Tensor] = draw(self, numbers, draw_)
+        return batch
+
+    monkeypatch.setattr(source, "batch", interrupted)
+    return drawn
+
+
+def bits_of(recipe: str, place: Path, steps: Mapping[int, int]) -> list[float]:
+    """The bits per byte of each model that a recipe of this repository judges, summed over its data.
+
+    place: a folder for the result. steps: fewer of them, by those of the recipe.
+    """
+    recipes = Path(__file__).parents[1] / "recipes"
+    text = (recipes / recipe).read_text()
+    for before, after in steps.items():
+        assert f"steps: {before}\n" in text
+        text = text.replace(f"steps: {before}\n", f"steps: {after}\n")
+    run_recipe(RecipeText(text, recipes), place / "scores.json", threads=1)
+    scores = json.loads((place / "scores.json").read_text())["scores"].values()
+    return [sum(each["bits_per_byte"] for each in model.values()) for model in scores]

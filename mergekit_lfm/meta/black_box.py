@@ -33,18 +33,20 @@ class BlackBox:
 
 @torch.no_grad()
 def zero_order_gradient(
+    ask: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor], Tensor],
     images: Tensor,
+    base: Tensor,
     directions: int,
     distance: float,
     generator: torch.Generator,
-    base: Tensor | None = None,
 ) -> Tensor:
     """The gradient of each image's loss [n] in its pixels, from values of the loss alone, [n, ...].
 
-    loss: of a batch of images. The forward difference over `distance` is taken along as many random directions, or as
-    many as there are pixels, which are orthonormal and the same for all images; base: the loss of the images, if it is
-    known. In expectation over directions it is the gradient, up to the difference quotient; with all directions always.
+    ask: from up to ASKED_AT_ONCE images to answers; loss: from the answers for all images, moved in one direction after
+    the other, to the loss of each; base: that of the images themselves. The forward difference over `distance` is taken
+    along as many random directions, or as many as there are pixels, which are orthonormal and the same for all images.
+    In expectation over directions it is the gradient, up to the difference quotient; with all directions always.
     Source: Hu et al. 2023, arXiv 2305.18413, the zero-order estimator (d / q) sum u (l(x + mu u) - l(x)) / mu, whose
     directions are independent there.
     """
@@ -53,7 +55,10 @@ def zero_order_gradient(
     directions = min(directions, pixels)
     normal = torch.randn(pixels, directions, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(normal).Q.T.to(flat.device, flat.dtype)  # [q, d]
-    moved = (flat + distance * basis[:, None]).reshape(directions * count, *images.shape[1:])
-    rises = loss(moved).reshape(directions, count) - (loss(images) if base is None else base)  # [q, n]
+    answers = list[Tensor]()
+    for numbers in torch.arange(directions * count, device=flat.device).split(ASKED_AT_ONCE):  # type: ignore[no-untyped-call]
+        moved = flat[numbers % count] + distance * basis[numbers // count]
+        answers.append(ask(moved.reshape(-1, *images.shape[1:])))
+    rises = loss(torch.cat(answers)).reshape(directions, count) - base  # [q, n]
     slope = torch.einsum("qn,qd->nd", rises / distance, basis)
     return (slope * (pixels / directions)).reshape(images.shape)

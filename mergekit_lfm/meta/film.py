@@ -49,8 +49,9 @@ class Film(Prototypes):
     """FILM: a learned comparison of an example's vector with that of a class's name; it alone adapts to a task.
 
     Both vectors are mapped into one space and shortened to length 1; their product, number by number, is summed, which
-    is the cosine, and a small network adds to that. The model, the maps and the network are learned by maml. Source:
-    Jiang et al. 2023, arXiv 2307.04114; the sum beside the network is ours, so that it begins with the cosine.
+    is the cosine, and a small network adds to that. The model, the maps and the network are learned by maml. A setting,
+    text_width, says how many numbers the vector of a name has. Source: Jiang et al. 2023, arXiv 2307.04114; the sum
+    beside the network is ours, so that it begins with the cosine.
     """
 
     def build(self) -> nn.Module:

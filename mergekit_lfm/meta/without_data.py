@@ -215,12 +215,8 @@ class BiDf(_FromPool):
     def _slope(self, teacher: int, images: Tensor, facts: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
         """The zero-order gradient of the images' losses in their pixels. facts: from probabilities to losses."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "directions", int(self.steps), teacher))
-
-        def loss(moved: Tensor) -> Tensor:
-            return facts(self.teachers[teacher].scores(moved))
-
-        distance = DISTANCE * (self.pool.high - self.pool.low)
-        return zero_order_gradient(loss, images, self.directions, distance, generator, base)
+        ask, distance = self.teachers[teacher].scores, DISTANCE * (self.pool.high - self.pool.low)
+        return zero_order_gradient(ask, facts, images, base, self.directions, distance, generator)
 
     def _chances(self, images: Tensor, chances: Tensor, support: Tensor) -> Tensor:
         """The probabilities of the model once it has adapted to a teacher. support: which images are to learn on."""

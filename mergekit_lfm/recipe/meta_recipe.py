@@ -65,13 +65,11 @@ class TextsEntry(Strict):
 class MetaRecipe(TrainingRecipe):
     """A meta-learning as the user wrote it. algorithm: one of `ALGORITHMS`; method: of `tune`, what is learned.
 
-    parameters: of the algorithm, and of the method.
-
-    ways: classes of an episode; without it each data file is a task. shots, queries: examples to adapt on, and to judge
-    by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the algorithm's. steps: outer
-    ones, each over `batch_size` tasks. test: how the result, the start, a random start and joint training are judged.
-    on_disk: of reptile, whose tasks are files: the models of the tasks are checkpoints, merged by the engine. texts:
-    of film, the names of classes.
+    parameters: of both. ways: classes of an episode; without it each data file is a task. shots, queries: examples to
+    adapt on, and to judge by, of each class, or of each file. inner_steps, inner_rate: of adapting; by default the
+    algorithm's. steps: outer ones, each over `batch_size` tasks. test: how the result, the start, a random start and
+    joint training are judged. on_disk: of reptile, whose tasks are files: the models of the tasks are checkpoints,
+    merged by the engine. texts: of film, the names of classes.
     """
 
     EXPECTED: ClassVar[str] = "a mapping with model, data, task and algorithm"

@@ -187,7 +187,7 @@ def _step(
     device = next(iter(state.parameters.values())).device
     size = math.ceil(len(numbers) / options.accumulate)
     total, count, tokens = 0.0, 0.0, 0.0
-    kept = [(x, x.detach().clone()) for x in model.buffers()]  # that a loss may change, as counts of what it has seen
+    seen = [] if file is None else [(x, x.detach().clone()) for x in model.buffers()]  # a loss may count in them
     parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     whole = len(parts) == group.count == 1
     for part in parts:
@@ -214,7 +214,7 @@ def _step(
         state.optimizer.zero_grad()
         if file is not None:
             with torch.no_grad():
-                for x, value in kept:
+                for x, value in seen:
                     x.copy_(value)
             state.save(file, request)
         where = f" The state before it is in {file}" if file is not None else ""

@@ -15,14 +15,13 @@ import yaml
 from helpers_commands import refusal, run
 from helpers_editing import LLAMA
 from helpers_tokenizers import save_llama
-from helpers_tune import tiny  # noqa: F401
+from helpers_tune import bits_of, tiny  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import PlanError, distill_model, open_checkpoint
 from mergekit_lfm.api.recipes import run_recipe
 from mergekit_lfm.distill import teachers as answers
 from mergekit_lfm.distill.teachers import Kept
-from mergekit_lfm.recipe.source import RecipeText
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.texts import read_examples
 
@@ -272,14 +271,9 @@ def test_heal_is_a_stage_behind_the_documents_own() -> None:
 
 
 @pytest.mark.slow
-def test_a_pruned_model_is_healed_by_the_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_model_is_healed_by_the_whole_one(tmp_path: Path) -> None:
     """The recipe of the docs with fewer steps: at least half of what was lost in bits per byte comes back."""
-    recipes = Path(__file__).parents[2] / "recipes"
-    text = (recipes / "heal.yaml").read_text().replace("steps: 300", "steps: 40").replace("steps: 150", "steps: 30")
-    monkeypatch.chdir(tmp_path)
-    run_recipe(RecipeText(text, recipes), "scores.json", threads=1)
-    scores = json.loads(Path("scores.json").read_text())["scores"].values()
-    whole, pruned, healed = (sum(each["bits_per_byte"] for each in model.values()) for model in scores)
+    whole, pruned, healed = bits_of("heal.yaml", tmp_path, {300: 40, 150: 30})
     assert (pruned - healed) / (pruned - whole) > 0.5
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_commands import refusal, run
-from helpers_tune import tiny  # noqa: F401
+from helpers_tune import bits_of, interrupt, tiny  # noqa: F401
 from safetensors.torch import load_file
 
 from mergekit_lfm import PlanError, meta_train, open_checkpoint, verify_output
@@ -20,7 +19,6 @@ from mergekit_lfm.commands.show.initialisations import done_text
 from mergekit_lfm.meta import groups
 from mergekit_lfm.meta.episodes import Episodes
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
-from mergekit_lfm.recipe.source import RecipeText
 from mergekit_lfm.runtime.load import load_model
 
 HOW: dict[str, Any] = {"steps": 3, "batch_size": 2, "threads": 1, "inner_steps": 2, "shots": 2, "queries": 2}
@@ -86,16 +84,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(name: str, monkeypatch: py
     monkeypatch.setattr(groups, "EPOCH", 1)  # so that the momentum is another one in the fourth step
     how |= {"steps": 5} if name == "mgml" else {}
     whole = meta_train("bert", "seen.jsonl", "whole", **how)
-    drawn = list[int]()
-    draw = Episodes.batch
-
-    def interrupted(self: Episodes, numbers: list[int], draw_: int = 0) -> dict[str, torch.Tensor]:
-        drawn.append(numbers[0])
-        if len(drawn) == 2:
-            signal.raise_signal(signal.SIGINT)  # the step is ended, and the state saved
-        return draw(self, numbers, draw_)
-
-    monkeypatch.setattr(Episodes, "batch", interrupted)
+    drawn = interrupt(monkeypatch, Episodes)
     with pytest.raises(KeyboardInterrupt):
         meta_train("bert", "seen.jsonl", "parts", **how)
     parts = meta_train("bert", "seen.jsonl", "parts", **how)
@@ -273,12 +262,7 @@ models: [{model: start}, {model: bert}]
 
 
 @pytest.mark.slow
-def test_fine_tunes_of_a_learned_start_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tunes_of_a_learned_start_merge(tmp_path: Path) -> None:
     """The recipe of the docs with fewer steps: over both subjects the average is better than either fine-tune."""
-    recipes = Path(__file__).parents[2] / "recipes"
-    text = (recipes / "start.yaml").read_text().replace("steps: 40", "steps: 6").replace("steps: 60", "steps: 30")
-    monkeypatch.chdir(tmp_path)
-    run_recipe(RecipeText(text, recipes), "scores.json", threads=1)
-    scores = json.loads(Path("scores.json").read_text())["scores"].values()
-    base, _, *tuned, both = (sum(each["bits_per_byte"] for each in model.values()) for model in scores)
+    base, _, *tuned, both = bits_of("start.yaml", tmp_path, {40: 6, 60: 30})
     assert both < min(tuned) < base

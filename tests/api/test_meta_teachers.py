@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_commands import refusal, run
+from helpers_tune import interrupt
 from safetensors.torch import load_file
 
 from mergekit_lfm import PlanError, meta_from_teachers, open_checkpoint, plan_recipe, run_recipe, verify_output
@@ -127,16 +127,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes_and_count(name: str, monke
     how |= {"steps": 6} if name == "purer" else {}
     teachers = [*TEACHERS[:2], *(["norms"] if name == "purer" else [])]  # whose architecture may be another
     whole = meta_from_teachers("new", teachers, "whole", size=4, **how)
-    drawn = list[int]()
-    draw = PoolEpisodes.batch
-
-    def interrupted(self: PoolEpisodes, numbers: list[int], draw_: int = 0) -> dict[str, torch.Tensor]:
-        drawn.append(numbers[0])
-        if len(drawn) == 2:
-            signal.raise_signal(signal.SIGINT)  # the step is ended, and the state saved
-        return draw(self, numbers, draw_)
-
-    monkeypatch.setattr(PoolEpisodes, "batch", interrupted)
+    drawn = interrupt(monkeypatch, PoolEpisodes)
     with pytest.raises(KeyboardInterrupt):
         meta_from_teachers("new", teachers, "parts", size=4, **how)
     parts = meta_from_teachers("new", teachers, "parts", size=4, **how)

@@ -81,7 +81,11 @@ def done_text(outcome: Outcome[Tuned], besides: Collection[str] = ()) -> str:
     ]
     if tuned.dev_loss is not None:
         rows.append(("on the development set", f"{tuned.dev_loss:.4g}, the least, after {tuned.best_step} steps"))
-    rows += [(name, str(value)) for name, value in tuned.facts.items() if name not in besides]
+    rows += [
+        (name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in tuned.facts.items()
+        if name not in besides
+    ]
     rows += [
         (f"{name}, held out", f"{loss['before']:.4g} before, {loss['after']:.4g} after")
         for name, loss in tuned.held_out.items()
