@@ -57,7 +57,7 @@ ROWS = [
     if row.kind not in ("edits", "stream") and not row.named and not row.crosses
 ]
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"mgml": {"group_rate": 0.5}}
-SHARES = {"reptile": 4, "meta_lstm": 4, "mgml": 2}  # of the steps, where each is more work
+SHARES = {"meta_lstm": 4, "mgml": 2}  # of the steps, where each is more work
 
 
 class Net(nn.Module):

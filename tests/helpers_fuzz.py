@@ -37,8 +37,8 @@ from mergekit_lfm.artifacts.statistics import open_statistics
 from mergekit_lfm.artifacts.transform import open_transform
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output.journal import JOURNAL, Receipt
 from mergekit_lfm.output.lock import LOCK, verify
-from mergekit_lfm.output.writer import JOURNAL, Receipt
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -13,8 +13,14 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
+from mergekit_lfm.engine.sites import Engine, Site
 from mergekit_lfm.engine.tasks import Executor, Result, Task
-from mergekit_lfm.engine.worker import Worker
+from mergekit_lfm.engine.worker import Pool, Worker
+
+
+def on(pool: Pool) -> Engine:
+    """An engine of a pool, and of all else that this machine has."""
+    return lambda _: nullcontext(Site(pool))
 
 
 def serve(pipe: Connection, pickled: bytes) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
+from mergekit_lfm.api.engines import Name, check_engine, check_part, find_engine
 from mergekit_lfm.api.jobs import JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.planned import Merged, Planned, PlannedJob, PlannedMerge, Stages, plan_job
@@ -138,6 +139,9 @@ def merge(
     card: bool = True,
     allow_unknown: bool = False,
     drop_stages: bool = False,
+    engine: Name = "threads",
+    ray_address: str | None = None,
+    part: tuple[int, int] | None = None,
     progress: Progress = SILENCE,
     on_merged: Callable[[Outcome[Merged]], None] | None = None,
 ) -> Outcome[Merged]:
@@ -149,26 +153,35 @@ def merge(
     push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to
     be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
     keys of the recipe that are unknown are warnings in place of errors. drop_stages: remove the results of the recipe's
-    earlier stages once OUT is complete. on_merged is called then, before the push.
+    earlier stages once OUT is complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local":
+    of one for this run); memory and threads are then of one node. part: (i, n) does the i-th of n parts of it. Runs of
+    the others do theirs, at any time and on any machine that sees the same files; the last to end makes OUT, and
+    pushes it. on_merged is called when OUT is complete, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
     where it stopped.
     """
     started = time.monotonic()
+    check_engine(engine, ray_address)
     if not isinstance(recipe, PlannedMerge):
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
         how |= {"card": card, "push_to": push_to, "private": private, "allow_unknown": allow_unknown}
         recipe = plan_merge(recipe, out, **how).result
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
+    run |= {"engine": engine, "ray_address": ray_address, "part": part}
     _check_push(recipe.goal)
     stages = recipe.stages
+    if part is not None:
+        check_part(part, recipe, resume=resume, engine=engine)
     earlier, recipe = _run_earlier(recipe, run, overwrite=overwrite)
     plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
-    merged = Merged(plan, done.resumed_bytes, stages=earlier)
+    merged = Merged(plan, done.resumed_bytes, stages=earlier, waiting=done.waiting)
     warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings)
     outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
+    if done.waiting:
+        return outcome
     if stages is not None and drop_stages:
         stages.drop()
     if on_merged is not None:
@@ -192,13 +205,15 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
 
     plan, accelerator = planned.plan, planned.accelerator
     rest = {**options, "memory": as_bytes(options["memory"])}
-    compile = rest.pop("compile")
+    own = {"compile": rest.pop("compile"), "engine": find_engine(rest.pop("engine"), rest.pop("ray_address"))}
+    if (part := rest.pop("part")) is not None:
+        own["part"] = part
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 
         where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
         plan = prepare(plan, planned.out, **where, **rest)
-    return plan, execute(plan, planned.out, accelerator=accelerator, compile=compile, **rest)
+    return plan, execute(plan, planned.out, accelerator=accelerator, **own, **rest)
 
 
 def _run_earlier(

@@ -59,13 +59,15 @@ Planned = PlannedMerge | PlannedJob
 class Merged:
     """The result of a merge. resumed_bytes: written by an earlier, interrupted run. pushed: None without a push.
 
-    stages: the outcomes of the recipe's earlier stages.
+    stages: the outcomes of the recipe's earlier stages. waiting: True after a part of the work, if OUT is not there
+    yet, as other parts are not done.
     """
 
     plan: Plan
     resumed_bytes: int = 0
     pushed: Pushed | None = None
     stages: tuple[Outcome[Any], ...] = ()
+    waiting: bool = False
 
 
 class Scratch:

@@ -36,6 +36,9 @@ WORK: Mapping[str, Any] = {
     "resume": True,
     "trust_times": False,
     "compile": "auto",
+    "engine": "threads",
+    "ray_address": None,
+    "part": None,
     "progress": SILENCE,
 }
 PLANNING = ("max_shard_size", "seed", "heads", "device", "card", "allow_unknown")

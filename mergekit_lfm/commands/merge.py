@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -14,11 +15,11 @@ from mergekit_lfm.commands.jobs import conclude_job, refuse_idle_options
 from mergekit_lfm.commands.mergekit import DEFAULTS, OPTIONS, MergekitCommand, mergekit_notices, mergekit_options
 from mergekit_lfm.commands.options import device_option, going_on_later, no_resume, overwrite
 from mergekit_lfm.commands.plan import plan_texts, planning, read_recipe, show_plan
-from mergekit_lfm.commands.shell import lasting, transfers
+from mergekit_lfm.commands.shell import Partition, lasting, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
-    from mergekit_lfm.api.planned import Merged
+    from mergekit_lfm.api.planned import Merged, Planned
 
 
 @click.command(
@@ -28,6 +29,8 @@ Examples:
   merge recipes/quickstart.yaml
   merge recipe.yaml out/my-model --memory 2GB --threads 4
   merge recipe.yaml --device cuda
+  merge recipe.yaml --engine ray --ray-address head:6379
+  merge recipe.yaml --partition 1/4
   merge recipe.yaml --dry-run
   merge recipe.yaml --push-to me/my-model --private --verify""",
 )
@@ -63,6 +66,25 @@ Examples:
     is_flag=True,
     help="Tell a change of an input by its size and modification time alone, where inodes or other times change.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    help="Where the work is done: threads of this machine, or a Ray cluster whose nodes share its files. [default: "
+    "threads]",
+)
+@click.option(
+    "--ray-address",
+    metavar="ADDR",
+    help="The cluster: HOST:PORT, as `ray start --head` prints it, or local for one of this machine and this run.",
+)
+@click.option(
+    "--partition",
+    type=Partition(),
+    metavar="I/N",
+    help="Do part I of N, each a run of its own; the last to end completes OUT. 1/1 does all of it. [default: as RANK "
+    "and WORLD_SIZE say, or SLURM_PROCID and SLURM_NTASKS]",
+)
 @click.option("--drop-stages", is_flag=True, help="Remove the results of the recipe's earlier stages at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @options.output
@@ -85,6 +107,9 @@ def merge(
     overwrite: bool,
     no_resume: bool,
     trust_times: bool,
+    engine: str,
+    ray_address: str | None,
+    partition: tuple[int, int] | None,
     drop_stages: bool,
     dry_run: bool,
     verbose: bool,
@@ -99,11 +124,13 @@ def merge(
     makes an adapter: `adapters` merges several to one, `extract` takes one from a fine-tuned model. Sizes are 500MB,
     5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
+    from mergekit_lfm.api.engines import check_engine
     from mergekit_lfm.api.planned import PlannedJob
     from mergekit_lfm.api.recipes import plan_recipe, run_recipe
     from mergekit_lfm.commands.show.terminal import tell
 
     console.warn(mergekit_notices(click.get_current_context()))
+    check_engine(engine, ray_address)
     given = read_recipe(recipe)
     with transfers(hidden=console.hidden):
         with lasting():
@@ -120,12 +147,32 @@ def merge(
         how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
         how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
         how |= {"drop_stages": drop_stages, "progress": console.progress}
+        how |= {"engine": engine, "ray_address": ray_address}
+        how |= _part_of(console, planned, partition, threads, engine)
         digest = None if isinstance(planned, PlannedJob) else planned.plan.digest
         with going_on_later(planned.out, digest):
             outcome = run_recipe(planned, on_merged=partial(_show_outcome, console), **how)
     if isinstance(planned, PlannedJob):
         conclude_job(console, planned.job, outcome)
     _conclude(console, outcome)
+
+
+def _part_of(
+    console: Console, planned: Planned, partition: tuple[int, int] | None, threads: int | None, engine: str
+) -> dict[str, Any]:
+    """The options for a part of the work, and the threads for it: as given, or as the launcher of this process says."""
+    from mergekit_lfm.api.engines import find_started
+    from mergekit_lfm.api.planned import PlannedJob
+    from mergekit_lfm.machine.resources import default_threads
+
+    if partition is not None:
+        return {"part": None if partition == (1, 1) else partition}
+    started = find_started(os.environ)
+    if started is None or engine != "threads" or isinstance(planned, PlannedJob) or planned.stages is not None:
+        return {}
+    number, count = started.part
+    console.progress.notice(f"part {number} of {count}, as {started.source} say; --partition 1/1 does all of it")
+    return {"part": started.part, "threads": threads or max(1, default_threads() // started.beside)}
 
 
 def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
@@ -136,8 +183,10 @@ def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
 
 
 def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
-    from mergekit_lfm.commands.show.plans import merge_data, push_text
+    from mergekit_lfm.commands.show.plans import merge_data, push_text, waiting_text
 
+    if outcome.result.waiting:
+        console.conclude(merge_data(outcome), lambda: waiting_text(outcome))
     pushed = outcome.result.pushed
     data = merge_data(outcome) if console.wants_data else {}  # it takes long for many tensors
     if pushed is None:

@@ -228,6 +228,21 @@ def transfers(*, hidden: bool) -> Iterator[None]:
                 os.environ[NO_BARS] = before
 
 
+class Partition(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
+    """A part of several, as 1/4."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """The number of the part, from 1, and that of all; a usage error for any other text."""
+        number, slash, count = str(value).partition("/")
+        if not (slash and number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
+            self.fail(f"{value!r} is no part: give its number and that of all, as 1/4.", param, ctx)
+        if not 1 <= int(number) <= int(count):
+            self.fail(f"{value} is no part: they are 1/{count} to {count}/{count}.", param, ctx)
+        return int(number), int(count)
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
     """50KB, 5GB, 3GiB, or a number of bytes."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lfm.output.writer import Receipt
+from mergekit_lfm.output.journal import Receipt
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.checkpoint import Checkpoint

@@ -27,10 +27,10 @@ from mergekit_lfm.engine.digests import input_digests
 from mergekit_lfm.engine.public import names_of, own_text, public_recipe, short_recipe
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.output.card import CARD, CONFIG, Source, find_loader, model_card, recipe_text
+from mergekit_lfm.output.journal import Receipt
 from mergekit_lfm.output.layout import Index, indexes_of
 from mergekit_lfm.output.lock import FORMAT, LOCK, encode_lock
 from mergekit_lfm.output.names import last_name
-from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.pieces import stacked_config
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.align import AlignRequest

@@ -16,8 +16,9 @@ from typing import Any
 from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.inputs import Comparison, keep_states
 from mergekit_lfm.engine.run import Run
-from mergekit_lfm.engine.threads import thread_pool
-from mergekit_lfm.engine.worker import Options, Pool, Worker, refuse_nonfinite
+from mergekit_lfm.engine.shares import Share
+from mergekit_lfm.engine.sites import Engine, this_machine
+from mergekit_lfm.engine.worker import Options, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason, several, shorten
 from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
@@ -32,14 +33,20 @@ from mergekit_lfm.store.compare import are_equal, have_same_bytes
 from mergekit_lfm.store.places import partial_of, place_of
 from mergekit_lfm.store.sidecars import QUIET
 
+WHOLE = (1, 1)  # the only part of the work
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """The outcome of `execute`. resumed_bytes: written by an earlier, interrupted run. findings: one line each."""
+    """The outcome of `execute`. resumed_bytes: written by an earlier, interrupted run. findings: one line each.
+
+    waiting: True after a part of the work, if other parts are not done yet.
+    """
 
     already_there: bool = False
     resumed_bytes: int = 0
     findings: tuple[str, ...] = ()
+    waiting: bool = False
 
 
 @explain_thread_limit()
@@ -55,7 +62,8 @@ def execute(
     compile: Mode = "auto",
     accelerator: Accelerator = HOST,
     trust_times: bool = False,
-    pool: Pool = thread_pool,
+    engine: Engine = this_machine,
+    part: tuple[int, int] = WHOLE,
     progress: Progress = SILENCE,
     doing: str = "merging",
 ) -> Execution:
@@ -67,8 +75,10 @@ def execute(
     The plan is ready: its downloads, alignments and edits are made. memory: bytes that the engine may hold. compile:
     "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
     same. accelerator: the device for the arithmetic, by default the processor; docs/gpu.md says which bytes it changes.
-    trust_times: go by sizes and modification times of the inputs, not by inodes and times of any change. pool: what
-    workers run in. doing: the word for the work in its progress. OUT appears only when it is complete.
+    trust_times: go by sizes and modification times of the inputs, not by inodes and times of any change. engine: where
+    workers run; memory and threads are then of one machine there. part: (i, n) does the i-th of n parts, each in a run
+    of its own, on one machine or several that share the folder; the last to end makes OUT. doing: the word for the work
+    in its progress. OUT appears only when it is complete.
 
     Raises PlanError before anything is written if the plan is not ready, if `out` was made from other inputs, or if it,
     the memory or the disk do not allow the work; FormatError if a document of the output cannot be written, before
@@ -86,36 +96,57 @@ def execute(
             return Execution(resumed_bytes=plan.bytes_written)
         if _already_there(comparison, folder, **where):  # an output that was put back
             return Execution(already_there=True)
-    count = _check(plan, folder, budget, threads, accelerator)
-    left = Budget(plan).left(budget)
-    options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-    files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times)
-    advancing = progress.by_bytes(plan.bytes_written, doing)
-    with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
-        advance(resumed := _take_over(plan, output, nan, count))
-        run = Run(plan, options, output, advance)
-        try:
-            with _explain_full_gpu(), pool(worker, count) as executor:
-                run.carry_out(executor)
-        finally:
-            output.flush()
-        lock, digest = documents.lock(output.done)
-        output.publish({**documents.files, LOCK: lock})
+    _refuse_unready(plan)
+    with engine(plan) as site:
+        budget = memory or site.memory or budget
+        count = _check(plan, folder, budget, threads or site.threads, accelerator)
+        left = Budget(plan).left(budget)
+        options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
+        share, number = Share(plan, *part), part[0] if part != WHOLE else None
+        files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, part=number)
+        advancing = progress.by_bytes(share.nbytes, doing)
+        with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
+            advance(resumed := _take_over(plan, output, nan, count, share))
+            run = Run(plan, options, output, advance, share)
+            try:
+                with _explain_full_gpu(), site.pool(worker, count) as executor:
+                    run.carry_out(executor)
+            finally:
+                output.flush()
+            if number is not None:
+                try:
+                    last = output.join(_places(plan))
+                except FileNotFoundError:  # another part has made OUT of it
+                    return Execution(True, resumed)
+                if not last:
+                    return Execution(False, resumed, tuple(sorted(run.remarks)), waiting=True)
+            lock, digest = documents.lock(output.done)
+            output.publish({**documents.files, LOCK: lock})
     keep_states(plan, digest)
     return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
 
 
-def _take_over(plan: Plan, output: Output, nan: Policy, threads: int) -> int:
-    """The bytes that an interrupted run has written, and that are as it has left them.
+def _places(plan: Plan) -> Iterator[tuple[str, int]]:
+    """All tensors of the output and their segments."""
+    return ((name, k) for job in plan.tensors for name in job.names for k in range(job.segments))
+
+
+def _take_over(plan: Plan, output: Output, nan: Policy, threads: int, share: Share) -> int:
+    """The bytes of a share that an interrupted run has written, and that are as it has left them.
 
     Raises FormatError if it accepted NaN and this one does not.
     """
-    jobs = {name: job for job in plan.tensors for name in job.names}
-    output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads)
+    numbers = {name: i for i, job in enumerate(plan.tensors) for name in job.names}
+    jobs = {name: plan.tensors[i] for name, i in numbers.items()}
+
+    def mine(name: str, segment: int) -> bool:
+        return share.has(numbers[name], segment)
+
+    output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads, mine)
     for receipt in output.done.values():
         for where in receipt.nonfinite:
             refuse_nonfinite(where, nan)
-    return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done)
+    return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done if mine(name, segment))
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
@@ -166,16 +197,19 @@ def _already_there(comparison: Comparison, folder: Path, *, overwrite: bool, res
 
 
 def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator) -> int:
-    """The number of threads. Raises PlanError if the plan is not ready, or memory, disk or inputs forbid it."""
+    """The number of threads. Raises PlanError if memory, disk or inputs forbid the work."""
+    count = workers(plan, budget, threads, accelerator)
+    check_copies(plan)
+    check_disk(plan, folder)
+    return count
+
+
+def _refuse_unready(plan: Plan) -> None:
     if plan.pending or plan.unedited or plan.absent:
         raise PlanError(
             "the recipe asks for downloads, alignments or edits before its merge; call `mergekit_lfm.merge`, which "
             "makes them, or `prepare` the plan first"
         )
-    count = workers(plan, budget, threads, accelerator)
-    check_copies(plan)
-    check_disk(plan, folder)
-    return count
 
 
 def check_copies(plan: Plan) -> None:

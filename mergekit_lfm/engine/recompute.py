@@ -9,12 +9,13 @@ from typing import Literal
 import xxhash
 
 from mergekit_lfm.engine.run import Run
+from mergekit_lfm.engine.shares import Share
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Options, Worker
 from mergekit_lfm.machine.accelerators import Accelerator
 from mergekit_lfm.machine.progress import Progress
+from mergekit_lfm.output.journal import Receipt
 from mergekit_lfm.output.lock import Lock
-from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.budget import Budget, workers
 from mergekit_lfm.plan.plan import Plan
 
@@ -56,7 +57,7 @@ def recompute(
     receipts, chosen = Receipts(plan, lock, names), [job for job in plan.tensors if job.name in names]
     advancing = progress.by_bytes(sum(job.nbytes for job in chosen), "computing again")
     with advancing as advance, Worker(plan, None, options) as worker, thread_pool(worker, count) as executor:
-        Run(plan, options, receipts, advance).carry_out(executor)
+        Run(plan, options, receipts, advance, Share(plan)).carry_out(executor)
     return [
         job.name
         for job in chosen

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from mergekit_lfm.engine.batches import split_batches
 from mergekit_lfm.engine.blocks import add_in_order, run_solve
+from mergekit_lfm.engine.shares import Share
 from mergekit_lfm.engine.tasks import BatchTask, Executor, MatrixTask, MergeTask, Part, ReduceTask, Remark, Task
 from mergekit_lfm.engine.worker import Options
 from mergekit_lfm.kernels.reductions import Reduction
 from mergekit_lfm.methods.registry import METHODS
-from mergekit_lfm.output.writer import Receipt
+from mergekit_lfm.output.journal import Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
@@ -29,18 +30,19 @@ class Record(Protocol):
 
 @dataclass
 class Run:
-    """One execution: its tasks in order, and what becomes of their results."""
+    """One execution: its tasks in order, and what becomes of their results. share: of the plan's work, it does."""
 
     plan: Plan
     options: Options
     output: Record
     progress: Callable[[int], None]
+    share: Share
     remarks: set[str] = field(default_factory=set)
 
     def carry_out(self, executor: Executor) -> None:
         """Do first all tasks that need no barrier, heavy ones first, then in file order; then those in passes."""
         jobs, at_once = self.plan.tensors, not self.options.accelerator.by_chunk
-        anew = not self.output.done
+        anew = not self.output.done and self.share.count == 1
         waiting = [group for group in self.plan.groups if anew or any(self._missing(i) for i in group)]
         shared, alone, small = list[tuple[int, ...]](), list[int](), list[int]()
         for group in waiting:
@@ -57,8 +59,9 @@ class Run:
             self._solve(executor, group)
 
     def _missing(self, job: int) -> tuple[int, ...]:
-        """The segments of a job without a receipt."""
-        names, segments, done = self.plan.tensors[job].names, range(self.plan.tensors[job].segments), self.output.done
+        """The segments of a job that are of this share, and without a receipt."""
+        names, done, has = self.plan.tensors[job].names, self.output.done, self.share.has
+        segments = [segment for segment in range(self.plan.tensors[job].segments) if has(job, segment)]
         return tuple([segment for segment in segments if not all((name, segment) in done for name in names)])
 
     def _takes_passes(self, group: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_lfm.kernels.block import Coefficients
 from mergekit_lfm.kernels.reductions import Reduction
-from mergekit_lfm.output.writer import Receipt
+from mergekit_lfm.output.journal import Receipt
 
 
 @dataclass(frozen=True, slots=True)

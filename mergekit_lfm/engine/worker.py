@@ -27,9 +27,9 @@ from mergekit_lfm.kernels.sums import round_once
 from mergekit_lfm.machine.accelerators import Accelerator, ReadRange
 from mergekit_lfm.machine.resources import allow_many_files, keep_freed_memory
 from mergekit_lfm.methods.registry import METHODS
+from mergekit_lfm.output.journal import Receipt
 from mergekit_lfm.output.replace import Policy
 from mergekit_lfm.output.shards import NoFiles, ShardFiles
-from mergekit_lfm.output.writer import Receipt
 from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.matrices import MatrixJob
@@ -113,6 +113,10 @@ class Worker:
         for text in sorted(self._kernels.problems - self._remarks):
             self._remarks.add(text)
             yield Remark(text)
+
+    def sync(self) -> None:
+        """Bring to the disk what this worker has written."""
+        self._shards.sync()
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

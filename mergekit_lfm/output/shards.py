@@ -28,6 +28,7 @@ class ShardFiles:
         }
         self._paths = tuple(folder / shard.name for shard in self.shards)
         self._fds: dict[int, int] = {}
+        self._unsynced = set[int]()  # shards
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[ShardFiles], tuple[Path, tuple[Shard, ...]]]:
@@ -55,6 +56,13 @@ class ShardFiles:
                 os.close(fd)
             self._fds.clear()
 
+    def sync(self) -> None:
+        """Bring to the disk what was written here."""
+        while self._unsynced:
+            shard = self._unsynced.pop()
+            with name_file(self.path(shard)):
+                os.fsync(self.fileno(shard))
+
     def place(self, name: str) -> tuple[int, int]:
         """The descriptor of the tensor's shard, and the offset of its bytes there."""
         shard, offset = self._places[name]
@@ -63,6 +71,7 @@ class ShardFiles:
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of a tensor from byte `start` of it on."""
         fd, offset = self.place(name)
+        self._unsynced.add(self.shard_of(name))
         with name_file(self.path(self.shard_of(name))):
             write_exactly(fd, offset + start, data)
 
@@ -77,6 +86,7 @@ class ShardFiles:
                 runs.append([shard, offset, offset + spec.nbytes])
         done = 0
         for shard, offset, end in runs:
+            self._unsynced.add(shard)
             with name_file(self.path(shard)):
                 write_exactly(self.fileno(shard), offset, data[done : done + end - offset])
             done += end - offset
@@ -98,6 +108,7 @@ class ShardFiles:
         has reflinks then shares them.
         """
         fd, target = self.place(name)
+        self._unsynced.add(self.shard_of(name))
         target += start
         page = min(nbytes, -target % 4096) if (target - offset) % 4096 == 0 else 0
         whole = (nbytes - page) // 4096 * 4096 if page else nbytes
@@ -126,6 +137,9 @@ class NoFiles:
     def copy(self, name: str, start: int, source: int, offset: int, nbytes: int) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
+
+    def sync(self) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

@@ -9,77 +9,49 @@ into OUT.partial before the rename, and deletes it afterwards.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.machine.resources import allocated_bytes
 from mergekit_lfm.machine.sizes import format_size
+from mergekit_lfm.output.journal import (
+    JOURNAL,
+    Receipt,
+    first_lines,
+    hold,
+    is_journal,
+    journal_of,
+    part_journals,
+    read_journal,
+    running,
+)
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, put_back
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.files import name_file, open_file, parse_json
-from mergekit_lfm.store.locks import lock_folder
+from mergekit_lfm.store.locks import BUSY, BusyError, lock_folder
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.state import FileState, refuse_changed
 from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 
-JOURNAL = "merge.journal"
-LONGEST_LINE = 1_000_000  # bytes; a receipt has some hundred
 SHOWN = 5  # tensors that a notice names
+OPENING_S, JOINING_S = 60.0, 600.0  # to wait for another part that opens the folder, or that publishes it
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
-_ENCODER = json.JSONEncoder(sort_keys=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """The record of a written segment: the xxh3-128 of its bytes, and the names of the tensors that were not finite.
-
-    inputs: the xxh3-128 of the segment of each tensor that it was made from; () if it is a copy of them.
-    """
-
-    tensor: str
-    segment: int
-    xxh3: str
-    nonfinite: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-
-    def as_line(self) -> str:
-        """Its line in the journal: its entries as JSON, with a check of them."""
-        data = {"tensor": self.tensor, "segment": self.segment, "xxh3": self.xxh3}
-        text = _ENCODER.encode({**data, "nonfinite": self.nonfinite, "inputs": self.inputs})
-        return f'{text[:-1]}, "check": "{_check_of(text)}"}}\n'
-
-    @classmethod
-    def of_data(cls, data: Any) -> Receipt:
-        """The receipt with these entries. Raises ValueError if they are not as they were written."""
-        entries = {name: value for name, value in data.items() if name != "check"} if isinstance(data, Mapping) else {}
-        if not entries or data["check"] != _check_of(_ENCODER.encode(entries)):
-            raise ValueError("the receipt was changed")
-        return cls(**{**entries, "nonfinite": tuple(entries["nonfinite"]), "inputs": tuple(entries["inputs"])})
-
-
-def _check_of(text: str) -> str:
-    """xxh3-64 of a receipt's entries: digests of inputs, unlike those of outputs, are not computed again."""
-    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 class Output:
     """OUT.partial while it is written: its journal and its end. Use as a context manager; `publish` makes it OUT.
 
     inputs: the states of the files that it is made from. done: the receipts of the segments that need no more work,
-    from the journal of an interrupted run of the same plan on the same inputs. notices: why other work of that run is
-    done again. trust_times: tell a change of an input by its size and modification time alone.
+    from the journals of interrupted runs of the same plan on the same inputs. notices: why other work of those is done
+    again. trust_times: tell a change of an input by its size and modification time alone. part: the number, from 1, of
+    this run among several that write the output together; `join` says which of them publishes it.
     """
 
     def __init__(
@@ -91,8 +63,9 @@ class Output:
         resume: bool = True,
         *,
         trust_times: bool = False,
+        part: int | None = None,
     ) -> None:
-        self.trust_times = trust_times
+        self.trust_times, self.part = trust_times, part
         self.notices: list[str] = []
         self.digest, self.shards, self.inputs, self.out, self.partial = digest, shards, inputs, out, partial_of(out)
         self.done: dict[tuple[str, int], Receipt] = {}
@@ -120,18 +93,37 @@ class Output:
         journal = self.partial / JOURNAL
         if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
             raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
-        refuse_links(self.partial, (JOURNAL, LOCK, *(shard.name for shard in self.shards)))
+        own = self.partial / journal_of(self.part)
+        refuse_links(self.partial, (JOURNAL, own.name, LOCK, *(shard.name for shard in self.shards)))
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(lock_folder(self.partial))
-        if resume:
-            self._refuse_other_work(journal)
-        self._journal = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        self._held.callback(os.close, self._journal)
-        with name_file(self.partial / LOCK):
-            (self.partial / LOCK).unlink(missing_ok=True)
-        sync_folder(self.partial)
-        if not (resume and self._shards_whole() and self._read_journal(journal)):
-            self._start_over(journal)
+        with ExitStack() as opening:
+            held = self._held if self.part is None else opening
+            held.enter_context(lock_folder(self.partial, 0 if self.part is None else OPENING_S))
+            others = self._others()
+            if self.part is None and others:
+                raise BusyError(f"{BUSY}; {{cure}}", place=self.partial, cure="wait for its parts to end")
+            if resume:
+                self._refuse_other_work(journal)
+            journal.touch()
+            with name_file(self.partial / LOCK):
+                (self.partial / LOCK).unlink(missing_ok=True)
+            sync_folder(self.partial)
+            kept = self._adopt(journal, own) if resume and self._shards_whole() else None
+            if kept is None:
+                if others:
+                    cure = "wait for them to end, or end them, and start all parts again"
+                    raise BusyError(f"{BUSY}, in parts of other inputs; {{cure}}", place=self.partial, cure=cure)
+                self._start_over(journal)
+            self._open_journal(own, kept or 0)
+            self._make_shards()
+
+    def _others(self) -> list[Path]:
+        """The journals of other parts that are running now."""
+        own = journal_of(self.part)
+        return running([path for path in part_journals(self.partial) if path.name != own])
+
+    def _make_shards(self) -> None:
+        """Make the shards at full size, unreadable."""
         for number, shard in enumerate(self.shards):
             path = self._files.path(number)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +133,24 @@ class Output:
                 write_exactly(self._files.fileno(number), 0, memoryview(UNFINISHED + shard.header[8:]))
         for folder in {self._files.path(number).parent for number in range(len(self.shards))} | {self.partial}:
             sync_folder(folder)
+
+    def _open_journal(self, own: Path, kept: int) -> None:
+        """Open this run's journal to be continued after so many bytes; a part's begins as the common one does."""
+        with name_file(own):
+            self._journal = os.open(own, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._held.callback(os.close, self._journal)
+            if self.part is not None and not hold(self._journal):
+                cure = "give each part its own number, and start none twice"
+                raise BusyError(
+                    "another run writes part {found} of {place}; {cure}", found=self.part, place=self.partial, cure=cure
+                )
+            if kept or self.part is None:
+                os.ftruncate(self._journal, kept or os.fstat(self._journal).st_size)
+            else:
+                os.ftruncate(self._journal, 0)
+                write_all(self._journal, first_lines(self.digest, self.inputs))
+            os.lseek(self._journal, 0, os.SEEK_END)
+            os.fsync(self._journal)
 
     def _refuse_other_work(self, journal: Path) -> None:
         """Raise PlanError if the folder holds work of another plan, which starting over would delete."""
@@ -161,44 +171,34 @@ class Output:
         paths = [(self.partial / shard.name, shard.nbytes) for shard in self.shards]
         return all(path.exists() and path.stat().st_size == nbytes for path, nbytes in paths)
 
-    def _read_journal(self, journal: Path) -> bool:
-        """Adopt the receipts of an earlier run, up to a torn last line. False if it has none that are of any use."""
-        kept, states = 0, list[FileState]()
-        with open_file(journal) as lines:
-            for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
-                try:
-                    entry = parse_json(line, journal)
-                    if not kept and entry != {"plan": self.digest}:
-                        return False
-                    state = FileState(**{**entry, "path": Path(entry["path"])}) if "path" in entry else None
-                    if state is not None:
-                        os.fsencode(state.path)  # a path cannot hold half of a character
-                    receipt = None
-                    if kept and state is None:
-                        receipt = Receipt.of_data(entry)
-                except (ValueError, TypeError, KeyError):
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                if state is not None:
-                    states.append(state)
-                if receipt is not None:
-                    if not self.done and self._find_change(states):
-                        return False
-                    self.done[receipt.tensor, receipt.segment] = receipt
-                kept += len(line)
-        os.ftruncate(self._journal, kept)
-        os.lseek(self._journal, 0, os.SEEK_END)
-        return bool(self.done)
+    def _adopt(self, journal: Path, own: Path) -> int | None:
+        """Adopt the receipts of earlier runs. The bytes of this run's journal to keep; None to start over.
 
-    def _find_change(self, before: Iterable[FileState]) -> bool:
-        """True if the inputs are in other states than an earlier run found, which `notices` then says."""
+        That is if the journals hold nothing of use: for a part, which others may follow, if they are not of its inputs.
+        """
+        common = read_journal(journal, self.digest)
+        if common is None:
+            return None
+        journals = {journal: common}
+        journals |= {path: found for path in part_journals(self.partial) if (found := read_journal(path, self.digest))}
+        used = any(found.receipts for found in journals.values())
+        if (used or self.part is not None) and self._find_change(common.states, say=used):
+            return None
+        for path, found in journals.items():
+            if path == journal or not self._find_change(found.states, say=False):
+                self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}
+        if not self.done and self.part is None:
+            return None
+        return journals[own].nbytes if own in journals else 0
+
+    def _find_change(self, before: Iterable[FileState], *, say: bool) -> bool:
+        """True if the inputs are in other states than an earlier run found. say: so that `notices` tells it."""
         then, now = (
             {str(state.path): state.as_data(trust_times=self.trust_times) for state in states}
             for states in (before, self.inputs)
         )
         paths = [path for path in {**now, **then} if then.get(path) != now.get(path)]
-        if paths:
+        if paths and say:
             self.notices.append(f"{paths[0]} was changed since the interrupted run, whose work was done again")
         return bool(paths)
 
@@ -206,30 +206,36 @@ class Output:
         """Empty the folder: first the journal, then the rest."""
         self.done.clear()
         with name_file(journal):
-            os.ftruncate(self._journal, 0)
-            os.fsync(self._journal)
-        sync_folder(self.partial)
-        for path in self.partial.iterdir():
-            if path != journal:
-                remove(path)
-        with name_file(journal):
-            os.lseek(self._journal, 0, os.SEEK_SET)
-            states = ({**asdict(state), "path": str(state.path)} for state in self.inputs)
-            lines = "".join(json.dumps(entry) + "\n" for entry in ({"plan": self.digest}, *states))
-            write_all(self._journal, lines.encode())
-            os.fsync(self._journal)
+            fd = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                os.ftruncate(fd, 0)
+                os.fsync(fd)
+                sync_folder(self.partial)
+                for path in self.partial.iterdir():
+                    if path != journal:
+                        remove(path)
+                write_all(fd, first_lines(self.digest, self.inputs))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         sync_folder(self.partial.parent)
 
-    def drop_damaged(self, range_of: Callable[[str, int], tuple[int, int]], threads: int) -> None:
+    def drop_damaged(
+        self,
+        range_of: Callable[[str, int], tuple[int, int]],
+        threads: int,
+        mine: Callable[[str, int], bool] = lambda *_: True,
+    ) -> None:
         """Read the segments in `done` again, and drop those whose bytes are not as their receipts say.
 
-        range_of: from a tensor and the number of a segment to its first byte in the tensor, and their number.
+        range_of: from a tensor and the number of a segment to its first byte in the tensor, and their number. mine:
+        True for those that belong to this part.
         """
 
         def is_damaged(receipt: Receipt) -> bool:
             return self._files.digest(receipt.tensor, *range_of(receipt.tensor, receipt.segment)) != receipt.xxh3
 
-        receipts = list(self.done.values())
+        receipts = [receipt for place, receipt in self.done.items() if mine(*place)]
         with ThreadPoolExecutor(threads) as pool:
             damaged = [receipt for receipt, bad in zip(receipts, pool.map(is_damaged, receipts), strict=True) if bad]
         for receipt in damaged:
@@ -261,7 +267,7 @@ class Output:
         for shard in sorted({self._files.shard_of(receipt.tensor) for receipt in batch}):
             with name_file(self._files.path(shard)):
                 os.fdatasync(self._files.fileno(shard))
-        with name_file(self.partial / JOURNAL):
+        with name_file(self.partial / journal_of(self.part)):
             write_all(self._journal, lines)
             os.fdatasync(self._journal)
         self._broken = False
@@ -273,6 +279,26 @@ class Output:
         for sync in self._syncs:
             sync.result()
         self._syncs.clear()
+
+    def join(self, places: Iterable[tuple[str, int]]) -> bool:
+        """Of several parts: True if all is written and no part runs any more but this one, which then publishes.
+
+        places: all tensors and segments. Keeps other runs out from then on. Raises FileNotFoundError if another part
+        has published the output.
+        """
+        self.flush()
+        joining = ExitStack()
+        joining.enter_context(lock_folder(self.partial, JOINING_S))
+        for path in part_journals(self.partial):
+            if found := read_journal(path, self.digest):
+                self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}
+        whole = not self._others() and all(place in self.done for place in places)
+        if whole:
+            self._held.enter_context(joining.pop_all())
+            return True
+        self._held.close()  # the journal first: the next part that looks shall not find this one running
+        joining.close()
+        return False
 
     def publish(self, files: Mapping[str, bytes]) -> None:
         """Make the shards readable, add the other files (the lock is the last of them), and move everything to OUT.
@@ -302,7 +328,7 @@ def check_whole(partial: Path, shards: Iterable[Shard], files: Mapping[str, byte
     sizes = {shard.name: shard.nbytes for shard in shards} | {name: len(data) for name, data in files.items()}
     ours = {*sizes, LOCK} if lock else set(sizes)
     problems = [f"{name} is missing" for name in sorted(ours) if not os.path.lexists(partial / name)]
-    for name in sorted(files_in(partial) - {JOURNAL}):
+    for name in sorted(name for name in files_in(partial) if not is_journal(name)):
         path = partial / name
         if name.startswith(f"{REPLACED}/"):
             continue
@@ -324,7 +350,8 @@ def check_whole(partial: Path, shards: Iterable[Shard], files: Mapping[str, byte
 def move_into_place(out: Path) -> None:
     """Turn a complete OUT.partial into OUT: the last steps of publishing, each repeatable after a crash."""
     partial = partial_of(out)
-    (partial / JOURNAL).unlink(missing_ok=True)
+    for path in [*part_journals(partial), partial / JOURNAL]:
+        path.unlink(missing_ok=True)
     if out.exists() and any(out.iterdir()):
         clear_replaced(partial)
         out.rename(partial / REPLACED)

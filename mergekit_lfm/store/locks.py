@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from mergekit_lfm.store.durable import write_all
 from mergekit_lfm.store.files import name_file, read_text
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of network file systems without a lock service
+PAUSE_S = 0.1  # between looks for a lock
 LONGEST = 1000  # bytes of a lock file
 BUSY = "another run is writing {place}"
 
@@ -29,8 +31,24 @@ class BusyError(PlanError):
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder within this block. Raises BusyError while another run has it."""
+def lock_folder(folder: Path, wait_s: float = 0) -> Iterator[None]:
+    """Keep other runs out of the folder within this block. Raises BusyError if another has it for `wait_s` seconds."""
+    until = time.monotonic() + wait_s
+    while True:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_lock_now(folder))
+            except BusyError:
+                if time.monotonic() >= until:
+                    raise
+            else:
+                yield
+                return
+        time.sleep(PAUSE_S)
+
+
+@contextmanager
+def _lock_now(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         fd = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, fd)

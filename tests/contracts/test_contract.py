@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_methods import CASES, ids, parameters_of, plan_of
+from helpers_processes import on
 from models import output_of
 
 from mergekit_lfm import merge_tensors
@@ -85,7 +86,9 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(case: tuple[str, dict[st
     plan = plan_of(case, tmp_path)
     execute(plan, tmp_path / "at-once", threads=1)
     with pytest.raises(KeyboardInterrupt):
-        execute(plan, tmp_path / "resumed", memory=3 * contract.least_memory(plan), threads=3, pool=soon_interrupted)
+        execute(
+            plan, tmp_path / "resumed", memory=3 * contract.least_memory(plan), threads=3, engine=on(soon_interrupted)
+        )
     assert not (tmp_path / "resumed").exists()
     execute(plan, tmp_path / "resumed", threads=1)
     assert output_of(tmp_path / "at-once") == output_of(tmp_path / "resumed")

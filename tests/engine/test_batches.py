@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_methods import CASES, DELTAS, ids, parameters_of, save_statistics
+from helpers_processes import on
 from models import output_of
 from safetensors.torch import load_file, save_file
 
@@ -89,7 +90,7 @@ LINEAR = ("linear", {"weight": 0.25})
 def test_small_tensors_have_the_bytes_of_each_alone(case: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     plan = plan_small(case, tmp_path)
     execute(plan, tmp_path / "at-once", threads=1)
-    execute(plan, tmp_path / "alone", threads=1, pool=one_by_one)
+    execute(plan, tmp_path / "alone", threads=1, engine=on(one_by_one))
     assert output_of(tmp_path / "at-once") == output_of(tmp_path / "alone")
 
 
@@ -124,7 +125,7 @@ def test_a_batch_with_nan_names_the_tensor(tmp_path: Path) -> None:
         execute(plan, tmp_path / "refused", threads=1)
     found = execute(plan, tmp_path / "at-once", threads=1, nan="warn").findings
     assert len(found) == 1 and found[0].startswith("layers.1.part3.w of ")
-    execute(plan, tmp_path / "alone", threads=1, nan="warn", pool=one_by_one)
+    execute(plan, tmp_path / "alone", threads=1, nan="warn", engine=on(one_by_one))
     assert output_of(tmp_path / "at-once") == output_of(tmp_path / "alone")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers_methods import Case, plan_of
-from helpers_processes import Processes
+from helpers_processes import Processes, on
 from helpers_progress import Counted
 from models import output_of
 
@@ -46,7 +46,7 @@ def test_processes_that_are_lost_are_replaced_to_the_same_bytes(tmp_path: Path) 
     pool = Processes(kill=lambda number: number == 3)
     counted: list[int] = []
     progress = Counted(counted.append)
-    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool, progress=progress)
+    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, engine=on(pool), progress=progress)
     assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
     assert pool.lost == 1 and max(pool.sizes) < 2000
     assert sum(counted) == plan.bytes_written
@@ -58,7 +58,7 @@ def test_processes_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
     plan, draw = plan_of(case, tmp_path), random.Random(case[0])
     execute(plan, tmp_path / "threads", threads=2)
     pool = Processes(kill=lambda _: draw.random() < 0.15)
-    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, pool=pool)
+    execute(plan, tmp_path / "out", memory=2 * least_memory(plan), threads=2, engine=on(pool))
     assert output_of(tmp_path / "out") == output_of(tmp_path / "threads")
 
 
@@ -69,5 +69,5 @@ def test_an_error_in_a_process_ends_the_merge(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes()[:-2] + b"\xc0\x7f")  # NaN in bfloat16
     plan = make_plan(recipe, block=256)
     with pytest.raises(FormatError, match="of m1 holds NaN or infinity"):
-        execute(plan, tmp_path / "out", threads=2, pool=Processes())
+        execute(plan, tmp_path / "out", threads=2, engine=on(Processes()))
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers_faults import Forks, llama_tensors, near, save_model, snapshot
 from helpers_merges import load_all
-from helpers_processes import Processes
+from helpers_processes import Processes, on
 from helpers_stacks import place, source, stack
 from models import output_of
 
@@ -85,7 +85,7 @@ def test_processes_that_are_lost_change_nothing(folder: Path, tmp_path: Path) ->
     plan = plan_of("ties", folder)
     execute(plan, tmp_path / "one", threads=1)
     pool = Processes(kill=lambda number: number == 2)
-    execute(pickle.loads(pickle.dumps(plan)), tmp_path / "lost", threads=2, pool=pool)
+    execute(pickle.loads(pickle.dumps(plan)), tmp_path / "lost", threads=2, engine=on(pool))
     assert pool.lost == 1 and output_of(tmp_path / "lost") == output_of(tmp_path / "one")
 
 

@@ -19,6 +19,7 @@ from mergekit_lfm.align.elements import random_transform
 from mergekit_lfm.arch import find_symmetries
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.output import journal as journals
 from mergekit_lfm.output import writer
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
@@ -153,7 +154,7 @@ def test_damaged_segments_of_an_interrupted_run_are_merged_again(tmp_path: Path)
     save_models(tmp_path)
     plan = plan_with(tmp_path)
     interrupt(plan, tmp_path / "out")
-    journal = [json.loads(line) for line in (tmp_path / "out.partial" / writer.JOURNAL).read_text().splitlines()]
+    journal = [json.loads(line) for line in (tmp_path / "out.partial" / journals.JOURNAL).read_text().splitlines()]
     finished = [entry["tensor"] for entry in journal if "tensor" in entry]
     assert 1 < len(finished) < len(plan.tensors)
     shard = next(shard for shard in plan.shards if finished[0] in shard.offsets)

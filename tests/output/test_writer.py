@@ -11,8 +11,9 @@ import pytest
 import torch
 from models import save_checkpoint
 
+from mergekit_lfm.output.journal import JOURNAL, Receipt
 from mergekit_lfm.output.layout import lay_out
-from mergekit_lfm.output.writer import JOURNAL, Output, Receipt
+from mergekit_lfm.output.writer import Output
 from mergekit_lfm.store.checkpoint import open_checkpoint
 
 

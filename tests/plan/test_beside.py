@@ -22,10 +22,10 @@ from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.api.outcome import Finding
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output.card import CARD, OWN_CARD
+from mergekit_lfm.output.journal import JOURNAL
 from mergekit_lfm.output.lock import LOCK, verify
 from mergekit_lfm.output.replace import REPLACED
 from mergekit_lfm.output.save import MARK
-from mergekit_lfm.output.writer import JOURNAL
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe

@@ -282,6 +282,7 @@ def merge_data(outcome: Outcome[Merged]) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "resumed_bytes": outcome.result.resumed_bytes,
+        "waiting": outcome.result.waiting,
         "pushed": None if pushed is None else push_data(pushed),
     }
 
@@ -295,6 +296,11 @@ def tensors_data(plan: Plan) -> dict[str, Any]:
         "left_behind": [{"model": m, "file": name, "reason": why} for m, name, why in plan.left_behind],
         "lent": [{"file": name, "model": m} for name, m in plan.lent],
     }
+
+
+def waiting_text(outcome: Outcome[Merged]) -> str:
+    """The result of one part of a merge, in one line."""
+    return f"this part is written, in {outcome.seconds:.1f} s; {outcome.path} appears when the others are"
 
 
 def outcome_text(outcome: Outcome[Merged]) -> str:

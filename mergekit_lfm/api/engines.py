@@ -1,0 +1,95 @@
+"""The engines by their names: where the workers of a merge run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from mergekit_lfm.errors import PlanError, did_you_mean
+
+if TYPE_CHECKING:
+    from mergekit_lfm.api.planned import PlannedMerge
+    from mergekit_lfm.engine.sites import Engine
+
+Name = Literal["threads", "ray"]
+LOCAL = "local"  # in place of an address: a cluster of this machine, for one run
+
+
+def check_engine(name: str, ray_address: str | None) -> None:
+    """Raise PlanError for an engine that is not there, or an address that does not belong to it."""
+    if name not in get_args(Name):
+        raise PlanError("{found} is no engine: {cure}", found=name, cure=did_you_mean(name, get_args(Name)))
+    if name != "ray" and ray_address is not None:
+        raise PlanError("a Ray address has no effect on {found}; {cure}", found=name, cure="give --engine ray")
+    if name == "ray" and ray_address in (None, "", "auto"):
+        raise PlanError(
+            "--engine ray has {found}, {expected}; {cure}",
+            found=f"the address {ray_address}" if ray_address else "no address",
+            expected="which could be anyone's cluster"
+            if ray_address
+            else "and takes no cluster that it happens to find",
+            cure=f"give --ray-address HOST:PORT, as `ray start --head` prints it, or {LOCAL} for this machine alone",
+        )
+
+
+def find_engine(name: str, ray_address: str | None) -> Engine:
+    """The engine of a name, which `check_engine` has accepted."""
+    if name == "ray":
+        from mergekit_lfm.engine.ray import ray_engine
+
+        assert ray_address is not None
+        return ray_engine(None if ray_address == LOCAL else ray_address)
+    from mergekit_lfm.engine.sites import this_machine
+
+    return this_machine
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a launcher of several processes says. part: of this one and their number. beside: those on this machine."""
+
+    part: tuple[int, int]
+    beside: int
+    source: str
+
+
+# Of each launcher: the number of a process, from 0, how many there are, in all and on this machine.
+LAUNCHERS = (
+    ("RANK", ("WORLD_SIZE",), "LOCAL_WORLD_SIZE"),  # torchrun and its like
+    ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), None),  # srun, which gives each its own cores
+)
+
+
+def find_started(environment: Mapping[str, str]) -> Started | None:
+    """What the launcher of this process says; None without one, or if it started no others."""
+    for number, counts, local in LAUNCHERS:
+        count = next((name for name in counts if environment.get(name)), None)
+        try:
+            own, several = int(environment[number]), int(environment[str(count)])
+            beside = int(environment.get(local or "", 1))
+        except (KeyError, ValueError):
+            continue
+        if several > 1 and 0 <= own < several:
+            return Started((own + 1, several), max(1, beside), f"{number} and {count}")
+    return None
+
+
+def check_part(part: tuple[int, int], planned: PlannedMerge, *, resume: bool, engine: str) -> None:
+    """Raise PlanError for a part that is none, or of work that several runs cannot share."""
+    number, count = part
+    if not 1 <= number <= count:
+        expected = f"1/{count} to {count}/{count}" if count > 0 else "as 1/4"
+        raise PlanError("{found} is no part; expected {expected}", found=f"{number}/{count}", expected=expected)
+    reasons = {
+        "its recipe has stages": planned.stages is not None,
+        "its recipe aligns or edits models before they are merged": bool(planned.plan.pending or planned.plan.unedited),
+        "--no-resume deletes what other parts have done": not resume,
+        "--engine ray shares the work itself": engine != "threads",
+    }
+    found = [text for text, is_so in reasons.items() if is_so]
+    if found:
+        cure = "leave --partition out"
+        if "recipe" in found[0]:
+            cure = "make the models that it merges first, by recipes of their own, and name them here"
+        raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)

@@ -1,0 +1,218 @@
+"""Runs that each do a part of one merge, without an engine between them: together they write the bytes of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_methods import Case, plan_of
+from helpers_processes import on
+from models import output_of
+
+from mergekit_lfm import merge
+from mergekit_lfm.api.contract import least_memory
+from mergekit_lfm.api.engines import find_started
+from mergekit_lfm.engine.execute import execute
+from mergekit_lfm.engine.shares import Share
+from mergekit_lfm.engine.tasks import Executor, Result, Task
+from mergekit_lfm.engine.threads import thread_pool
+from mergekit_lfm.engine.worker import Worker
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.output import writer
+from mergekit_lfm.output.writer import Output
+from mergekit_lfm.plan.make import make_plan
+from mergekit_lfm.plan.plan import Plan
+from mergekit_lfm.store.locks import BusyError
+
+CASES: list[Case] = [
+    ("linear", {}),
+    ("ties", {"density": 0.3, "scope": "global"}),
+    ("slerp", {}),
+    ("regmean", {}),
+]
+FOUR = [(number, 4) for number in range(1, 5)]
+
+
+def shared(plan: Plan, out: Path, part: tuple[int, int], **options: Any) -> bool:
+    """Do a part with little memory, so that sums take passes; True if it was the last."""
+    return not execute(plan, out, memory=2 * least_memory(plan), part=part, **options).waiting
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_the_parts_together_have_the_bytes_of_one_run(case: Case, tmp_path: Path) -> None:
+    plan = plan_of(case, tmp_path)
+    execute(plan, tmp_path / "one", threads=2)
+    for parts in (FOUR, FOUR[::-1], [(number, 50) for number in range(1, 51)]):
+        out = tmp_path / f"out-{len(parts)}-{parts[0][0]}"
+        shares = [Share(plan, *part) for part in parts]
+        assert sum(share.nbytes for share in shares) == plan.bytes_written
+        assert all(
+            sum(share.has(job, segment) for share in shares) == 1
+            for job, each in enumerate(plan.tensors)
+            for segment in range(each.segments)
+        )
+        ended = [shared(plan, out, part) for part in parts]
+        assert ended == [False] * (len(parts) - 1) + [True]
+        assert output_of(out) == output_of(tmp_path / "one")
+        assert execute(plan, out, part=parts[0]).already_there
+
+
+def test_most_of_a_merge_is_split_evenly(tmp_path: Path) -> None:
+    plan = plan_of(CASES[0], tmp_path, big=(1000, 500), block=1 << 10)
+    sizes = [Share(plan, *part).nbytes for part in FOUR]
+    assert max(sizes) < 1.4 * plan.bytes_written / 4
+
+
+@contextmanager
+def soon_interrupted(worker: Worker, count: int) -> Iterator[Executor]:
+    """Threads, but after two results the user interrupts."""
+    with thread_pool(worker, count) as executor:
+
+        def some(tasks: Iterable[Task]) -> Iterator[Result]:
+            yield from islice(executor(tasks), 2)
+            raise KeyboardInterrupt
+
+        yield some
+
+
+def test_a_part_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path, big=(1000, 500), block=256), tmp_path / "out"
+    execute(plan, tmp_path / "one", threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        shared(plan, out, (2, 3), threads=1, engine=on(soon_interrupted))
+    assert not shared(plan, out, (1, 3)) and not shared(plan, out, (3, 3))
+    done = execute(plan, out, part=(2, 3))
+    assert not done.waiting and done.resumed_bytes > 0
+    assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_a_run_alone_takes_over_what_parts_have_done(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    execute(plan, tmp_path / "one", threads=1)
+    assert not shared(plan, out, (2, 3)) and not shared(plan, out, (1, 2))
+    done = execute(plan, out)
+    assert done.resumed_bytes >= Share(plan, 2, 3).nbytes and not done.waiting
+    assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_parts_of_other_inputs_begin_again(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    assert not shared(plan, out, (1, 2))
+    model = tmp_path / "m1" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-2] + b"\x00\x3f")
+    changed = make_plan(plan.recipe)
+    execute(changed, tmp_path / "one", threads=1)
+    assert not shared(changed, out, (2, 2))
+    assert shared(changed, out, (1, 2))
+    assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_damage_to_a_part_is_mended_by_its_own_run(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    execute(plan, tmp_path / "one", threads=1)
+    assert not shared(plan, out, (1, 2))
+    shard = next((tmp_path / "out.partial").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(plan.shards[0].header)] ^= 1  # of the first tensor, which is of the first part
+    shard.write_bytes(data)
+    assert not shared(plan, out, (1, 2))
+    assert shared(plan, out, (2, 2))
+    assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_runs_that_would_disturb_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    monkeypatch.setattr(writer, "OPENING_S", 0.0)
+    output = plan.digest, plan.shards, plan.inputs, out
+    with Output(*output, part=1):
+        with pytest.raises(BusyError, match="another run writes part 1 of"):
+            shared(plan, out, (1, 2))
+        with pytest.raises(BusyError, match="wait for its parts to end"):
+            execute(plan, out)
+        assert not shared(plan, out, (2, 2))
+    with Output(*output), pytest.raises(BusyError, match="another run is writing"):
+        shared(plan, out, (2, 2))
+    assert not (tmp_path / "out").exists()
+    execute(plan, tmp_path / "one", threads=1)
+    assert shared(plan, out, (1, 2))
+    assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_work_that_cannot_be_shared(tmp_path: Path) -> None:
+    data = plan_of(CASES[0], tmp_path).recipe.model_dump(exclude_unset=True)
+    recipe = {"merge_method": "linear", "models": data["models"], "parameters": {"weight": 0.5}}
+    recipe["models"] = [{"model": str(tmp_path / name)} for name in ("m1", "m2")]
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (recipe, {"part": (3, 2)}, "3/2 is no part; expected 1/2 to 2/2"),
+        (recipe, {"part": (0, 0)}, "expected as 1/4"),
+        (recipe, {"part": (1, 2), "resume": False}, "--no-resume deletes what other parts have done"),
+        (recipe, {"part": (1, 2), "engine": "ray", "ray_address": "local"}, "--engine ray shares the work itself"),
+        ([{**recipe, "name": "a"}, {**recipe, "models": [{"model": "a"}]}], {"part": (1, 2)}, "its recipe has stages"),
+    ]
+    for each, options, message in cases:
+        with pytest.raises(PlanError, match=message):
+            merge(each, tmp_path / "out", **options)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_launcher_of_a_process_says_its_part() -> None:
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+    for environment, part, beside in (
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (1, 2), 2),
+        (slurm, (4, 4), 1),
+        ({**slurm, "RANK": "1", "WORLD_SIZE": "8"}, (2, 8), 1),
+    ):
+        found = find_started(environment)
+        assert found is not None and (found.part, found.beside) == (part, beside)
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {**slurm, "SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "a"}):
+        assert find_started(environment) is None
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """Four ranks; one of them is killed at a random moment, after which torchrun starts all of them again."""
+    plan_of(CASES[1], tmp_path, big=(3000, 1600))
+    data = {
+        "merge_method": "ties",
+        "base_model": str(tmp_path / "m0"),
+        "models": [{"model": str(tmp_path / name)} for name in ("m1", "m2", "m3")],
+        "parameters": {"density": 0.3, "scope": "global"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(data))
+    merge(tmp_path / "recipe.yaml", tmp_path / "threads" / "out", threads=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--max-restarts", "3"]
+    command += ["-m", "mergekit_lfm", "merge", str(tmp_path / "recipe.yaml")]
+    draw = random.Random(0)
+    for number in range(3):
+        out = tmp_path / f"ranks-{number}" / "out"
+        run = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True)
+        time.sleep(draw.uniform(3, 9))
+        ranks = [pid for pid in _children(run.pid) if str(out) in _line(pid)]
+        if ranks:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+        _, said = run.communicate(timeout=300)
+        assert run.returncode == 0, said
+        assert output_of(out) == output_of(tmp_path / "threads" / "out")
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
