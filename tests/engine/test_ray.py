@@ -314,7 +314,7 @@ def test_a_killed_driver_goes_on(nodes: TwoNodes, folder: Path, tmp_path: Path) 
         "merge_method": "ties",
         "base_model": str(folder / "o"),
         "models": [{"model": str(folder / "a")}],
-        "parameters": {"density": 0.3, "scope": "global"},
+        "parameters": {"weight": 0.5, "density": 0.3, "scope": "global"},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     merge(tmp_path / "recipe.yaml", tmp_path / "threads" / "out", threads=2)

@@ -187,7 +187,7 @@ def test_torchrun_with_a_rank_that_is_killed(tmp_path: Path) -> None:
         "merge_method": "ties",
         "base_model": str(tmp_path / "m0"),
         "models": [{"model": str(tmp_path / name)} for name in ("m1", "m2", "m3")],
-        "parameters": {"density": 0.3, "scope": "global"},
+        "parameters": {"weight": 0.5, "density": 0.3, "scope": "global"},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(data))
     merge(tmp_path / "recipe.yaml", tmp_path / "threads" / "out", threads=2)
