@@ -25,8 +25,9 @@ from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
 from mergekit_lfm.output.lock import LOCK
+from mergekit_lfm.output.publish import finish
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
-from mergekit_lfm.output.writer import Output, finish
+from mergekit_lfm.output.writer import Output
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.compare import are_equal, have_same_bytes

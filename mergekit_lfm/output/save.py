@@ -20,8 +20,8 @@ import xxhash
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.card import CARD
 from mergekit_lfm.output.layout import Index, Shard, indexes_of, lay_out
+from mergekit_lfm.output.publish import move_into_place
 from mergekit_lfm.output.replace import check_folder, undo_replacement
-from mergekit_lfm.output.writer import move_into_place
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.durable import replace_file, reserve, sync_folder
 from mergekit_lfm.store.files import name_file, read_bytes

@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from mergekit_lfm import merge
 from mergekit_lfm.api.contract import least_memory
 from mergekit_lfm.api.engines import find_engine
-from mergekit_lfm.engine import ray as engine_ray
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.engine.nodes import Node, look_at_node, refuse_unlike, refuse_versions
+from mergekit_lfm.engine.ray_cluster import OBJECTS, OURS
 from mergekit_lfm.engine.sites import Engine, Site
 from mergekit_lfm.engine.tasks import Executor, Result, Task
 from mergekit_lfm.engine.worker import Worker
@@ -56,7 +56,7 @@ class TwoNodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._how: dict[str, Any] = {"num_cpus": 1, "object_store_memory": engine_ray.OBJECTS}
+        self._how: dict[str, Any] = {"num_cpus": 1, "object_store_memory": OBJECTS}
         head = {**self._how, "include_dashboard": False}
         self.cluster: Any = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self.second = self.cluster.add_node(**self._how)
@@ -79,7 +79,7 @@ def nodes() -> Iterator[TwoNodes]:
     """A cluster with which this process is connected."""
     ray: Any = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**engine_ray.OURS, "RAY_AUTH_MODE": "disabled"}.items():
+        for name, value in {**OURS, "RAY_AUTH_MODE": "disabled"}.items():
             patch.setenv(name, value)
         two = TwoNodes()
         ray.init(address=two.address, log_to_driver=False, logging_level="ERROR")
