@@ -90,7 +90,7 @@ class Counted:
 
 
 def traffic(folder: Path, method: str, threads: int) -> str:
-    """What goes through Ray, for each merged GB, in words."""
+    """The bytes that go through Ray, for each merged GB, in words."""
     prepare(folder, method)
     plan = plan_merge(folder / f"{method}.yaml", folder / "out").result.plan
     counted = Counted(find_engine("threads", None))

@@ -1,4 +1,4 @@
-"""The engines by their names: where the workers of a merge run."""
+"""Where the work of a merge is done: the engines by their names, a part of it, the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from mergekit_lfm.errors import PlanError, did_you_mean
+from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
+from mergekit_lfm.machine.devices import find_gpu
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import PlannedMerge
     from mergekit_lfm.engine.sites import Engine
+    from mergekit_lfm.recipe.recipe import Recipe
 
 Name = Literal["threads", "ray"]
 LOCAL = "local"  # in place of an address: a cluster of this machine, for one run
@@ -19,7 +22,7 @@ LOCAL = "local"  # in place of an address: a cluster of this machine, for one ru
 def check_engine(name: str, ray_address: str | None) -> None:
     """Raise PlanError for an engine that is not there, or an address that does not belong to it."""
     if name not in get_args(Name):
-        raise PlanError("{found} is no engine: {cure}", found=name, cure=did_you_mean(name, get_args(Name)))
+        raise PlanError("{found} is not an engine; {cure}", found=name, cure=did_you_mean(name, get_args(Name)))
     if name != "ray" and ray_address is not None:
         raise PlanError("a Ray address has no effect on {found}; {cure}", found=name, cure="give --engine ray")
     if name == "ray" and ray_address in (None, "", "auto"):
@@ -47,7 +50,7 @@ def find_engine(name: str, ray_address: str | None) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What a launcher of several processes says. part: of this one and their number. beside: those on this machine."""
+    """The place of a process among those of a launcher. part: its own, of all. beside: how many are on this machine."""
 
     part: tuple[int, int]
     beside: int
@@ -62,7 +65,7 @@ LAUNCHERS = (
 
 
 def find_started(environment: Mapping[str, str]) -> Started | None:
-    """What the launcher of this process says; None without one, or if it started no others."""
+    """The place that this process's launcher gives it; None without one, or if it started no others."""
     for number, counts, local in LAUNCHERS:
         count = next((name for name in counts if environment.get(name)), None)
         try:
@@ -75,12 +78,14 @@ def find_started(environment: Mapping[str, str]) -> Started | None:
     return None
 
 
-def check_part(part: tuple[int, int], planned: PlannedMerge, *, resume: bool, engine: str) -> None:
-    """Raise PlanError for a part that is none, or of work that several runs cannot share."""
+def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: bool, engine: str) -> None:
+    """Raise PlanError for a number without a part, or work that several runs cannot share."""
+    if part is None:
+        return
     number, count = part
     if not 1 <= number <= count:
         expected = f"1/{count} to {count}/{count}" if count > 0 else "as 1/4"
-        raise PlanError("{found} is no part; expected {expected}", found=f"{number}/{count}", expected=expected)
+        raise PlanError("{found} is not a part; expected {expected}", found=f"{number}/{count}", expected=expected)
     reasons = {
         "its recipe has stages": planned.stages is not None,
         "its recipe aligns or edits models before they are merged": bool(planned.plan.pending or planned.plan.unedited),
@@ -93,3 +98,9 @@ def check_part(part: tuple[int, int], planned: PlannedMerge, *, resume: bool, en
         if "recipe" in found[0]:
             cure = "make the models that it merges first, by recipes of their own, and name them here"
         raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)
+
+
+def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:
+    """The device that `device`, else the recipe, names. Raises PlanError if it does not exist."""
+    name = recipe.device if device is None else device
+    return accelerator_of(None if name == "cpu" else find_gpu(name))

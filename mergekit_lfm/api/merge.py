@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
-from mergekit_lfm.api.engines import Name, check_engine, check_part, find_engine
+from mergekit_lfm.api.engines import Name, check_engine, check_part, find_accelerator, find_engine
+from mergekit_lfm.api.goals import check_goal, push_merged
 from mergekit_lfm.api.jobs import JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.planned import Merged, Planned, PlannedJob, PlannedMerge, Stages, plan_job
 from mergekit_lfm.api.stages import check_stages, in_stage, plan_stages
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
-from mergekit_lfm.machine.devices import find_gpu
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.recipe.form import Push, read_reference
+from mergekit_lfm.recipe.form import read_reference
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.source import RecipeText, Source, source_of
 from mergekit_lfm.recipe.stages import Stage
@@ -154,9 +153,8 @@ def merge(
     be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
     keys of the recipe that are unknown are warnings in place of errors. drop_stages: remove the results of the recipe's
     earlier stages once OUT is complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local":
-    of one for this run); memory and threads are then of one node. part: (i, n) does the i-th of n parts of it. Runs of
-    the others do theirs, at any time and on any machine that sees the same files; the last to end makes OUT, and
-    pushes it. on_merged is called when OUT is complete, before the push.
+    of one for this run); memory and threads are then of one node. part: (i, n) does the i-th of n parts; others do
+    theirs wherever the same files are seen, and the last to end makes OUT. on_merged is called then, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
     can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
@@ -168,35 +166,32 @@ def merge(
         how: dict[str, Any] = {"max_shard_size": max_shard_size, "seed": seed, "heads": heads, "device": device}
         how |= {"card": card, "push_to": push_to, "private": private, "allow_unknown": allow_unknown}
         recipe = plan_merge(recipe, out, **how).result
-    run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume}
+    run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume, "part": part}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
-    run |= {"engine": engine, "ray_address": ray_address, "part": part}
-    _check_push(recipe.goal)
-    stages = recipe.stages
-    if part is not None:
-        check_part(part, recipe, resume=resume, engine=engine)
-    earlier, recipe = _run_earlier(recipe, run, overwrite=overwrite)
-    plan, done = _carry_out(recipe, {**run, "overwrite": overwrite})
-    merged = Merged(plan, done.resumed_bytes, stages=earlier, waiting=done.waiting)
-    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings)
-    outcome = Outcome(recipe.out, merged, plan.digest, done.already_there, warnings, time.monotonic() - started)
-    if done.waiting:
+    run |= {"engine": engine, "ray_address": ray_address}
+    check_goal(recipe.goal)
+    check_part(part, recipe, resume=resume, engine=engine)
+    outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
+    if on_merged is not None and not outcome.result.waiting:
+        on_merged(outcome)
+    if recipe.goal is None or outcome.result.waiting:
         return outcome
+    return push_merged(outcome, recipe.out, recipe.goal, verify_push, progress, started)
+
+
+def _merge_planned(
+    planned: PlannedMerge, run: Mapping[str, Any], started: float, *, overwrite: bool, drop_stages: bool
+) -> tuple[Outcome[Merged], PlannedMerge]:
+    """The outcome of a merge and of its earlier stages, and its plan on their results."""
+    stages = planned.stages
+    earlier, planned = _run_earlier(planned, run, overwrite=overwrite)
+    plan, done = _carry_out(planned, {**run, "overwrite": overwrite})
+    merged = Merged(plan, done.resumed_bytes, stages=earlier, waiting=done.waiting)
+    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings, depth=2)
+    seconds = time.monotonic() - started
     if stages is not None and drop_stages:
         stages.drop()
-    if on_merged is not None:
-        on_merged(outcome)
-    if recipe.goal is None:
-        return outcome
-    return replace(_push(outcome, recipe.out, recipe.goal, verify_push, progress), seconds=time.monotonic() - started)
-
-
-def _check_push(goal: Push | None) -> None:
-    """Raise PlanError if a push would fail, before the work."""
-    if goal is not None:
-        from mergekit_lfm.output.push import check_repository
-
-        check_repository(goal.repo, private=goal.private)
+    return Outcome(planned.out, merged, plan.digest, done.already_there, warnings, seconds), planned
 
 
 def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan, Execution]:
@@ -205,9 +200,8 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
 
     plan, accelerator = planned.plan, planned.accelerator
     rest = {**options, "memory": as_bytes(options["memory"])}
-    own = {"compile": rest.pop("compile"), "engine": find_engine(rest.pop("engine"), rest.pop("ray_address"))}
-    if (part := rest.pop("part")) is not None:
-        own["part"] = part
+    own = {"compile": rest.pop("compile"), "part": rest.pop("part")}
+    own["engine"] = find_engine(rest.pop("engine"), rest.pop("ray_address"))
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 
@@ -299,17 +293,3 @@ def _has_changed(planned: Planned, run: Mapping[str, Any]) -> bool:
     except PlanError:
         return True
     return False
-
-
-def _push(outcome: Outcome[Merged], folder: Path, goal: Push, verify: bool, progress: Progress) -> Outcome[Merged]:
-    """Push the merged checkpoint; the outcome with the result of the push."""
-    from mergekit_lfm.output.push import push
-
-    pushed = push(folder, goal.repo, private=goal.private, pull_back=verify, progress=progress)
-    return replace(outcome, result=replace(outcome.result, pushed=pushed))
-
-
-def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:
-    """The device that `device`, else the recipe, names. Raises PlanError if it does not exist."""
-    name = recipe.device if device is None else device
-    return accelerator_of(None if name == "cpu" else find_gpu(name))

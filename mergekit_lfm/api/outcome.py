@@ -40,9 +40,9 @@ class Outcome(Generic[T]):
         return os.fspath(self.path)
 
 
-def warn_of(findings: Iterable[str]) -> tuple[str, ...]:
-    """Give each finding to `warnings.warn`, in the name of the caller of the workflow; returns them all."""
+def warn_of(findings: Iterable[str], depth: int = 1) -> tuple[str, ...]:
+    """Give each finding to `warnings.warn`, in the name of the caller of the workflow, so many calls up; returns all."""
     lines = tuple(map(printable_line, findings))
     for line in lines:
-        warnings.warn(line, Finding, stacklevel=3)
+        warnings.warn(line, Finding, stacklevel=2 + depth)
     return lines

@@ -118,8 +118,8 @@ def merge(
     """Merge models as RECIPE says and write the result to OUT.
 
     Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
-    new folder; without it, the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes
-    on where it stopped when the same command is given again. A recipe of several documents is carried out stage by
+    new folder; by default the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes on
+    where it stopped when the same command is given again. A recipe of several documents is carried out stage by
     stage; their results stay in OUT.stages, where the next run takes those that have not changed. A stage with `job`
     makes an adapter: `adapters` merges several to one, `extract` takes one from a fine-tuned model. Sizes are 500MB,
     5GB (5e9 bytes), 3GiB, or a number of bytes.
@@ -131,23 +131,20 @@ def merge(
 
     console.warn(mergekit_notices(click.get_current_context()))
     check_engine(engine, ray_address)
-    given = read_recipe(recipe)
     with transfers(hidden=console.hidden):
         with lasting():
-            planned = plan_recipe(given, out, private=private, card=not no_card, **where).result
+            planned = plan_recipe(read_recipe(recipe), out, private=private, card=not no_card, **where).result
         refuse_idle_options(planned)
         paths = planned.plan.request.paths.values() if isinstance(planned, PlannedJob) else planned.plan.paths
         console.keep_apart([planned.out, *paths])
-        if not isinstance(planned, PlannedJob) and planned.goal is None and (private or pull_back):
-            raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
+        _need_push(planned, private=private, verify=pull_back)
         if dry_run:
             show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(plan_texts(planned, memory, threads, verbose=True))
         how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
         how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
-        how |= {"drop_stages": drop_stages, "progress": console.progress}
-        how |= {"engine": engine, "ray_address": ray_address}
+        how |= {"drop_stages": drop_stages, "engine": engine, "ray_address": ray_address, "progress": console.progress}
         how |= _part_of(console, planned, partition, threads, engine)
         digest = None if isinstance(planned, PlannedJob) else planned.plan.digest
         with going_on_later(planned.out, digest):
@@ -155,6 +152,13 @@ def merge(
     if isinstance(planned, PlannedJob):
         conclude_job(console, planned.job, outcome)
     _conclude(console, outcome)
+
+
+def _need_push(planned: Planned, *, private: bool, verify: bool) -> None:
+    from mergekit_lfm.api.planned import PlannedJob
+
+    if not isinstance(planned, PlannedJob) and planned.goal is None and (private or verify):
+        raise click.UsageError("--private and --verify are about a push: give --push-to org/name")
 
 
 def _part_of(

@@ -237,9 +237,9 @@ class Partition(click.ParamType):  # type: ignore[type-arg]  # generic since cli
         """The number of the part, from 1, and that of all; a usage error for any other text."""
         number, slash, count = str(value).partition("/")
         if not (slash and number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
-            self.fail(f"{value!r} is no part: give its number and that of all, as 1/4.", param, ctx)
+            self.fail(f"{value!r} is not a part: give its number and that of all, as 1/4.", param, ctx)
         if not 1 <= int(number) <= int(count):
-            self.fail(f"{value} is no part: they are 1/{count} to {count}/{count}.", param, ctx)
+            self.fail(f"{value} is not a part: they are 1/{count} to {count}/{count}.", param, ctx)
         return int(number), int(count)
 
 

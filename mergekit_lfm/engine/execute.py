@@ -17,7 +17,7 @@ from mergekit_lfm.engine.documents import Documents
 from mergekit_lfm.engine.inputs import Comparison, keep_states
 from mergekit_lfm.engine.run import Run
 from mergekit_lfm.engine.shares import Share
-from mergekit_lfm.engine.sites import Engine, this_machine
+from mergekit_lfm.engine.sites import Engine, Site, this_machine
 from mergekit_lfm.engine.worker import Options, Worker, refuse_nonfinite
 from mergekit_lfm.errors import PlanError, reason, several, shorten
 from mergekit_lfm.kernels.compiled import Mode
@@ -33,8 +33,6 @@ from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.compare import are_equal, have_same_bytes
 from mergekit_lfm.store.places import partial_of, place_of
 from mergekit_lfm.store.sidecars import QUIET
-
-WHOLE = (1, 1)  # the only part of the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def execute(
     accelerator: Accelerator = HOST,
     trust_times: bool = False,
     engine: Engine = this_machine,
-    part: tuple[int, int] = WHOLE,
+    part: tuple[int, int] | None = None,
     progress: Progress = SILENCE,
     doing: str = "merging",
 ) -> Execution:
@@ -77,9 +75,8 @@ def execute(
     "auto" compiles elementwise functions to machine code if the merge is large enough to repay it; the bytes are the
     same. accelerator: the device for the arithmetic, by default the processor; docs/gpu.md says which bytes it changes.
     trust_times: go by sizes and modification times of the inputs, not by inodes and times of any change. engine: where
-    workers run; memory and threads are then of one machine there. part: (i, n) does the i-th of n parts, each in a run
-    of its own, on one machine or several that share the folder; the last to end makes OUT. doing: the word for the work
-    in its progress. OUT appears only when it is complete.
+    workers run; memory and threads are then of one machine there. part: (i, n) does the i-th of n parts, each a run of
+    its own; the last to end makes OUT. doing: the word for the work in its progress. OUT appears when it is complete.
 
     Raises PlanError before anything is written if the plan is not ready, if `out` was made from other inputs, or if it,
     the memory or the disk do not allow the work; FormatError if a document of the output cannot be written, before
@@ -99,32 +96,30 @@ def execute(
             return Execution(already_there=True)
     _refuse_unready(plan)
     with engine(plan) as site:
-        budget = memory or site.memory or budget
-        count = _check(plan, folder, budget, threads or site.threads, accelerator)
-        left = Budget(plan).left(budget)
-        options = Options(accelerator, left // count, accelerator.room(left) // count, count, nan, compile)
-        share, number = Share(plan, *part), part[0] if part != WHOLE else None
+        count = _check(plan, folder, budget := memory or site.memory or budget, threads or site.threads, accelerator)
+        options = Options.of(accelerator, Budget(plan).left(budget), count, nan, compile)
+        share, number = (Share(plan), None) if part is None else (Share(plan, *part), part[0])
         files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, part=number)
-        advancing = progress.by_bytes(share.nbytes, doing)
-        with files as output, Worker(plan, output.partial, options) as worker, advancing as advance:
+        with files as output, progress.by_bytes(share.nbytes, doing) as advance:
             advance(resumed := _take_over(plan, output, nan, count, share))
-            run = Run(plan, options, output, advance, share)
-            try:
-                with _explain_full_gpu(), site.pool(worker, count) as executor:
-                    run.carry_out(executor)
-            finally:
-                output.flush()
-            if number is not None:
-                try:
-                    last = output.join(_places(plan))
-                except FileNotFoundError:  # another part has made OUT of it
-                    return Execution(True, resumed)
-                if not last:
-                    return Execution(False, resumed, tuple(sorted(run.remarks)), waiting=True)
+            remarks = _write(Run(plan, options, output, advance, share), output, site)
+            if not (last := number is None or output.join(_places(plan))):
+                return Execution(last is None, resumed, remarks, waiting=last is False)
             lock, digest = documents.lock(output.done)
             output.publish({**documents.files, LOCK: lock})
     keep_states(plan, digest)
-    return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
+    return Execution(False, resumed, (*_findings(plan, output), *remarks))
+
+
+def _write(run: Run, output: Output, site: Site) -> tuple[str, ...]:
+    """Carry out what is left of a run at a site; the remarks of its workers."""
+    with Worker(run.plan, output.partial, run.options) as worker:
+        try:
+            with _explain_full_gpu(), site.pool(worker, run.options.threads) as executor:
+                run.carry_out(executor)
+        finally:
+            output.flush()
+    return tuple(sorted(run.remarks))
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, int]]:

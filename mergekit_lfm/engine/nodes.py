@@ -1,4 +1,4 @@
-"""What the nodes of a cluster must have in common for a merge to give on them the bytes that it gives here."""
+"""Nodes of a cluster that give the bytes of this machine: what they must have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Versions = Mapping[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a node has: bytes for its workers by default, its kind of processor, and inputs that it does not see."""
+    """A node of a cluster: bytes for its workers by default, its kind of processor, and inputs that it does not see."""
 
     name: str
     memory: int

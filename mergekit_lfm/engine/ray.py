@@ -1,8 +1,8 @@
 """The executor on a Ray cluster: tasks of some hundred bytes go to its nodes, and receipts come back.
 
 The nodes share a file system. Their processes read inputs from it and write byte ranges of the output to it; no tensor
-passes through Ray. What is done twice writes the same bytes: so Ray does the tasks of a lost process or node again, and
-a task that takes far longer than the others is also given to another process, whichever ends first.
+passes through Ray. A task that is done twice writes the same bytes: so Ray does those of a lost process or node again,
+and one that takes far longer than the others is also given to another process, whichever ends first.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _do(given: _Given, tasks: Sequence[Task], *, sync: bool) -> list[Result]:
 
 @dataclass(frozen=True)
 class _Given:
-    """What all tasks of a merge have in common. worker: a reference to it, in a list, as Ray would else fetch it.
+    """The part that all tasks of a merge have in common. worker: a reference, in a list, as Ray would else fetch it.
 
     versions: of the packages here, as a node may join later. folder: that relative paths begin in.
     """
@@ -159,7 +159,7 @@ class _Pool:
                 ray.cancel(copy, force=True)
 
     def _resources(self, worker: Worker, count: int) -> dict[str, float]:
-        """What a process takes of its node. Raises PlanError if the cluster cannot give that."""
+        """The resources that a process takes of its node. Raises PlanError if the cluster cannot give that."""
         options = worker.options
         if options.share * count > self.memory:
             sentence = "a node of the cluster has {found} for tasks, the budget is {expected}; {cure}"

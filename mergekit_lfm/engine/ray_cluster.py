@@ -1,4 +1,4 @@
-"""A connection with a Ray cluster, and what its nodes say before work is given to them."""
+"""A connection with a Ray cluster, and the answers of its nodes before work is given to them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def versions_here() -> dict[str, str]:
 
 
 def look_at(ray: Any, plan: Plan, nodes: Sequence[Any]) -> list[Node]:
-    """What the nodes have. Raises PlanError if their packages are not those of this machine."""
+    """The nodes, and what they have. Raises PlanError if their packages are not those of this machine."""
 
     def versions() -> dict[str, str | None]:  # by value, as a node may lack the package
         found: dict[str, str | None] = {"mergekit_lfm": None, "torch": None}

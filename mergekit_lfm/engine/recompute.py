@@ -52,8 +52,7 @@ def recompute(
     The plan is ready, and that of the lock. The options are those of `execute`.
     """
     count = workers(plan, memory, threads, accelerator)
-    left = Budget(plan).left(memory)
-    options = Options(accelerator, left // count, accelerator.room(left) // count, count, "warn", "auto")
+    options = Options.of(accelerator, Budget(plan).left(memory), count, "warn", "auto")
     receipts, chosen = Receipts(plan, lock, names), [job for job in plan.tensors if job.name in names]
     advancing = progress.by_bytes(sum(job.nbytes for job in chosen), "computing again")
     with advancing as advance, Worker(plan, None, options) as worker, thread_pool(worker, count) as executor:

@@ -1,7 +1,7 @@
 """Work that is split before it begins: each of several runs does its part of one plan, and no run speaks to another.
 
 A part is a run of neighbouring bytes of the output, so that it reads and writes files in their order, and most shards
-are written by one part alone. What is solved together stays together.
+are written by one part alone. Tensors that are solved together stay together.
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ class Options:
     nan: Policy
     compile: Mode
 
+    @classmethod
+    def of(cls, accelerator: Accelerator, left: int, threads: int, nan: Policy, compile: Mode) -> Options:
+        """The options of workers that have the same share of `left` bytes."""
+        return cls(accelerator, left // threads, accelerator.room(left) // threads, threads, nan, compile)
+
 
 class Worker:
     """Does tasks of a plan, for several threads at once. Use as a context manager.

@@ -60,7 +60,7 @@ def _check_of(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What a journal holds. nbytes: of its whole lines; what follows was torn off."""
+    """The content of a journal. nbytes: of its whole lines; a torn one may follow."""
 
     states: tuple[FileState, ...]
     receipts: tuple[Receipt, ...]
@@ -74,7 +74,7 @@ def first_lines(digest: str, states: Iterable[FileState]) -> bytes:
 
 
 def read_journal(path: Path, digest: str) -> Journal | None:
-    """What a journal holds, up to a torn last line; None if it is not of the plan with this digest."""
+    """The content of a journal, up to a torn last line; None if it is not of the plan with this digest."""
     states, receipts, nbytes = list[FileState](), list[Receipt](), 0
     with open_file(path) as lines:
         for line in iter(lambda: lines.readline(LONGEST_LINE), b""):

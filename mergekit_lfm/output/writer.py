@@ -279,15 +279,16 @@ class Output:
             sync.result()
         self._syncs.clear()
 
-    def join(self, places: Iterable[tuple[str, int]]) -> bool:
+    def join(self, places: Iterable[tuple[str, int]]) -> bool | None:
         """Of several parts: True if all is written and no part runs any more but this one, which then publishes.
 
-        places: all tensors and segments. Keeps other runs out from then on. Raises FileNotFoundError if another part
-        has published the output.
+        places: all tensors and segments. Keeps other runs out from then on. None if another part has published it.
         """
-        self.flush()
         joining = ExitStack()
-        joining.enter_context(lock_folder(self.partial, JOINING_S))
+        try:
+            joining.enter_context(lock_folder(self.partial, JOINING_S))
+        except FileNotFoundError:
+            return None
         for path in part_journals(self.partial):
             if found := read_journal(path, self.digest):
                 self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}

@@ -97,7 +97,7 @@ def test_a_part_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     assert output_of(out) == output_of(tmp_path / "one")
 
 
-def test_a_run_alone_takes_over_what_parts_have_done(tmp_path: Path) -> None:
+def test_a_run_alone_goes_on_from_parts(tmp_path: Path) -> None:
     plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
     execute(plan, tmp_path / "one", threads=1)
     assert not shared(plan, out, (2, 3)) and not shared(plan, out, (1, 2))
@@ -154,7 +154,7 @@ def test_work_that_cannot_be_shared(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": data["models"], "parameters": {"weight": 0.5}}
     recipe["models"] = [{"model": str(tmp_path / name)} for name in ("m1", "m2")]
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (recipe, {"part": (3, 2)}, "3/2 is no part; expected 1/2 to 2/2"),
+        (recipe, {"part": (3, 2)}, "3/2 is not a part; expected 1/2 to 2/2"),
         (recipe, {"part": (0, 0)}, "expected as 1/4"),
         (recipe, {"part": (1, 2), "resume": False}, "--no-resume deletes what other parts have done"),
         (recipe, {"part": (1, 2), "engine": "ray", "ray_address": "local"}, "--engine ray shares the work itself"),

@@ -10,7 +10,7 @@ from models import files_of, save_checkpoint
 
 from mergekit_lfm import open_checkpoint
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.output import save, writer
+from mergekit_lfm.output import publish, save
 
 
 class Killed(BaseException):
@@ -42,7 +42,7 @@ def kill_in_sync(folder: Path, at: int, name: str, *, overwrite: bool = False) -
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(writer, "sync_folder", sync)
+        patch.setattr(publish, "sync_folder", sync)
         write(folder, name, overwrite=overwrite)
 
 
