@@ -40,6 +40,8 @@ from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
 
 LAYERS = 3
+KILLS = 20 if "LONG_TESTS" in os.environ else 5  # of processes, and of the command
+LOST_NODES = 5 if "LONG_TESTS" in os.environ else 2
 METHODS: list[Case] = [
     ("linear", {}),
     ("ties", {"density": 0.3}),
@@ -282,7 +284,7 @@ def test_processes_killed_at_random_moments_change_nothing(case: Case, nodes: Tw
                 killed.append(1)
 
     number = 0
-    while len(killed) < 20:
+    while len(killed) < KILLS:
         with beside(kill, random.Random(number), 0.5):
             execute(plan, tmp_path / f"out-{number}", memory=2 * least_memory(plan), engine=ray_of(nodes))
         assert output_of(tmp_path / f"out-{number}") == output_of(tmp_path / "threads")
@@ -299,7 +301,7 @@ def ray_of(nodes: TwoNodes) -> Engine:
 def test_a_lost_node_changes_nothing(nodes: TwoNodes, tmp_path: Path) -> None:
     plan = plan_of(METHODS[2], tmp_path)
     execute(plan, tmp_path / "threads", threads=2)
-    for number in range(5):
+    for number in range(LOST_NODES):
         lose = threading.Timer(random.Random(number).uniform(0, 2), nodes.lose_second)
         lose.start()
         execute(plan, tmp_path / f"out-{number}", memory=2 * least_memory(plan), engine=ray_of(nodes))
@@ -322,7 +324,7 @@ def test_a_killed_driver_goes_on(nodes: TwoNodes, folder: Path, tmp_path: Path) 
     command = [sys.executable, "-m", "mergekit_lfm.commands", "merge", str(tmp_path / "recipe.yaml")]
     command += [str(tmp_path / "ray" / "out"), "--engine", "ray", "--ray-address", nodes.address]
     draw, killed = random.Random(0), 0
-    while killed < 20:
+    while killed < KILLS:
         started = subprocess.Popen(command)
         time.sleep(draw.uniform(2, 8))
         if started.poll() is not None:
