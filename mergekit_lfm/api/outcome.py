@@ -41,7 +41,7 @@ class Outcome(Generic[T]):
 
 
 def warn_of(findings: Iterable[str], depth: int = 1) -> tuple[str, ...]:
-    """Give each finding to `warnings.warn`, in the name of the caller of the workflow, so many calls up; returns all."""
+    """Give each finding to `warnings.warn`, in the name of the workflow's caller, so many calls up; return all."""
     lines = tuple(map(printable_line, findings))
     for line in lines:
         warnings.warn(line, Finding, stacklevel=2 + depth)

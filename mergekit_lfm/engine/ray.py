@@ -51,8 +51,9 @@ def _site(address: str | None, plan: Plan) -> Iterator[Site]:
         looks = look_at(ray, plan, nodes)
         refuse_unlike(looks, plan)
         cores = int(min(node["Resources"]["CPU"] for node in nodes))
-        memory = min([*(look.memory for look in looks), *(int(node["Resources"]["memory"]) for node in nodes)])
-        yield Site(_Pool(ray, cores, memory, len(nodes) > 1), memory, cores)
+        memory = min(int(node["Resources"]["memory"]) for node in nodes)
+        pool = _Pool(ray, cores, memory, several=len(nodes) > 1)
+        yield Site(pool, min([memory, *(look.memory for look in looks)]), cores)
 
 
 def _do(given: _Given, tasks: Sequence[Task], *, sync: bool) -> list[Result]:

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,13 +29,15 @@ from safetensors.torch import save_file
 from mergekit_lfm import merge
 from mergekit_lfm.api.contract import least_memory
 from mergekit_lfm.api.engines import find_engine
+from mergekit_lfm.engine import ray as engine_ray
 from mergekit_lfm.engine.execute import execute
 from mergekit_lfm.engine.nodes import Node, look_at_node, refuse_unlike, refuse_versions
 from mergekit_lfm.engine.ray_cluster import OBJECTS, OURS
 from mergekit_lfm.engine.sites import Engine, Site
 from mergekit_lfm.engine.tasks import Executor, Result, Task
-from mergekit_lfm.engine.worker import Worker
+from mergekit_lfm.engine.worker import Options, Worker
 from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.accelerators import HOST
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.recipe.recipe import Recipe
@@ -241,6 +244,60 @@ def test_nodes_that_differ_are_refused(tmp_path: Path) -> None:
         refuse_unlike([look_at_node(tmp_path, linear.inputs)], linear)
     with pytest.raises(PlanError, match="run the command from a folder that all nodes share"):
         look_at_node(tmp_path / "nowhere", ())
+
+
+class PretendedRay:
+    """Ray that ends calls in an order that a test gives; None is a minute in which no call ends."""
+
+    exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=OSError)
+
+    def __init__(self, order: Sequence[int | None]) -> None:
+        self.order, self.calls, self.cancelled, self.now = [*order], list[Any](), list[int](), 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def remote(self, _: object) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._call))
+
+    def _call(self, _: object, tasks: Sequence[Any], *, sync: bool) -> int:
+        assert not sync
+        self.calls.append(tasks)
+        return len(self.calls)  # its number, from 1
+
+    def put(self, _: object) -> None:
+        pass
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def wait(self, flying: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        number = self.order.pop(0)
+        assert timeout > 0 and (number is None or number in flying)
+        self.now += 60 if number is None else 0
+        return ([] if number is None else [number]), flying
+
+    def get(self, number: int) -> list[Any]:
+        return [*self.calls[number - 1]]
+
+    def cancel(self, number: int, *, force: bool) -> None:
+        assert force
+        self.cancelled.append(number)
+
+
+def test_a_task_that_takes_long_is_also_given_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(METHODS[0], tmp_path)
+    options = Options.of(HOST, 1 << 20, 2, "error", "never")
+    for order, cancelled in (([1, 2, 3, None, 5], [4]), ([1, 2, 3, None, 4], [5])):
+        ray = PretendedRay(order)
+        pool = engine_ray._Pool(ray, 2, 1 << 30, several=False)
+        monkeypatch.setattr("mergekit_lfm.engine.ray.time", SimpleNamespace(monotonic=ray.monotonic))
+        with Worker(plan, None, options) as worker, pool(worker, 2) as executor:
+            tasks: list[Any] = [1, 2, 3, 4]
+            assert sorted(cast("Any", executor(tasks))) == tasks  # the fourth goes out again, as the fifth call
+        assert (len(ray.calls), ray.cancelled, ray.order) == (5, cancelled, [])
 
 
 def processes_of_ray() -> list[int]:
