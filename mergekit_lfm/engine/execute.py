@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.publish import finish
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
-from mergekit_lfm.output.writer import Output
+from mergekit_lfm.output.writer import Output, PublishedError
 from mergekit_lfm.plan.budget import Budget, check_disk, workers
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.compare import are_equal, have_same_bytes
@@ -84,7 +85,7 @@ def execute(
     """
     folder, budget = place_of(out), memory or default_memory()
     comparison = Comparison(plan, budget, threads, progress, trust_times)
-    where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan}
+    where: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "nan": nan, "shared": part is not None}
     if _already_there(comparison, folder, **where):
         return Execution(already_there=True)
     documents = Documents(plan, folder.name)
@@ -98,28 +99,40 @@ def execute(
     with engine(plan) as site:
         count = _check(plan, folder, budget := memory or site.memory or budget, threads or site.threads, accelerator)
         options = Options.of(accelerator, Budget(plan).left(budget), count, nan, compile)
-        share, number = (Share(plan), None) if part is None else (Share(plan, *part), part[0])
-        files = Output(plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, part=number)
-        with files as output, progress.by_bytes(share.nbytes, doing) as advance:
-            advance(resumed := _take_over(plan, output, nan, count, share))
-            remarks = _write(Run(plan, options, output, advance, share), output, site)
-            if not (last := number is None or output.join(_places(plan))):
-                return Execution(last is None, resumed, remarks, waiting=last is False)
-            lock, digest = documents.lock(output.done)
-            output.publish({**documents.files, LOCK: lock})
-    keep_states(plan, digest)
-    return Execution(False, resumed, (*_findings(plan, output), *remarks))
+        share, how = (Share(plan), {}) if part is None else (Share(plan, *part), {"part": part[0]})
+        files = partial(Output, plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, **how)
+        try:
+            with files() as output, progress.by_bytes(share.nbytes, doing) as advance:
+                return _carry_out(Run(plan, options, output, advance, share), output, site, documents)
+        except PublishedError:
+            return Execution(already_there=True)
 
 
-def _write(run: Run, output: Output, site: Site) -> tuple[str, ...]:
-    """Carry out what is left of a run at a site; the remarks of its workers."""
-    with Worker(run.plan, output.partial, run.options) as worker:
+def _carry_out(run: Run, output: Output, site: Site, documents: Documents) -> Execution:
+    """Write what is left of a share, and make OUT of it if all else is written."""
+    plan, nan = run.plan, run.options.nan
+    run.progress(resumed := _take_over(plan, output, nan, run.options.threads, run.share))
+    with Worker(plan, output.partial, run.options) as worker:
         try:
             with _explain_full_gpu(), site.pool(worker, run.options.threads) as executor:
                 run.carry_out(executor)
         finally:
             output.flush()
-    return tuple(sorted(run.remarks))
+    remarks = tuple(sorted(run.remarks))
+    if output.part is not None and not output.join(_places(plan)):
+        return Execution(False, resumed, (*output.notices, *remarks), waiting=True)
+    _check_finite(output, nan)
+    lock, digest = documents.lock(output.done)
+    output.publish({**documents.files, LOCK: lock})
+    keep_states(plan, digest)
+    return Execution(False, resumed, (*_findings(plan, output), *remarks))
+
+
+def _check_finite(output: Output, nan: Policy) -> None:
+    """Raise FormatError if an earlier run, or one of another part, has accepted NaN, and this one does not."""
+    for receipt in output.done.values():
+        for where in receipt.nonfinite:
+            refuse_nonfinite(where, nan)
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, int]]:
@@ -139,9 +152,7 @@ def _take_over(plan: Plan, output: Output, nan: Policy, threads: int, share: Sha
         return share.has(numbers[name], segment)
 
     output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads, mine)
-    for receipt in output.done.values():
-        for where in receipt.nonfinite:
-            refuse_nonfinite(where, nan)
+    _check_finite(output, nan)
     return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done if mine(name, segment))
 
 
@@ -186,8 +197,11 @@ def is_written(comparison: Comparison, folder: Path, *, overwrite: bool, resume:
     return resume and is_complete(comparison.plan.digest, folder) and comparison.is_sound(partial_of(folder))
 
 
-def _already_there(comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy) -> bool:
-    plan, rebuild = comparison.plan, overwrite or not resume
+def _already_there(
+    comparison: Comparison, folder: Path, *, overwrite: bool, resume: bool, nan: Policy, shared: bool = False
+) -> bool:
+    """Whether OUT is there. shared: one part of several does not make it again, as another may just have made it."""
+    plan, rebuild = comparison.plan, (overwrite and not shared) or not resume
     there = already_there(plan.digest, plan.shards, plan.places, folder, overwrite=overwrite, rebuild=rebuild, nan=nan)
     return there and comparison.has_these_inputs(folder)
 

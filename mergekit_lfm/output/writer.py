@@ -44,13 +44,18 @@ OPENING_S, JOINING_S = 60.0, 600.0  # to wait for another part that opens the fo
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
+class PublishedError(Exception):
+    """Another part has made OUT of the work of all."""
+
+
 class Output:
     """OUT.partial while it is written: its journal and its end. Use as a context manager; `publish` makes it OUT.
 
     inputs: the states of the files that it is made from. done: the receipts of the segments that need no more work,
     from the journals of interrupted runs of the same plan on the same inputs. notices: why other work of those is done
     again. trust_times: tell a change of an input by its size and modification time alone. part: the number, from 1, of
-    this run among several that write the output together; `join` says which of them publishes it.
+    this run among several that write the output together; `join` says which of them publishes it. Raises PublishedError
+    if another part has done so meanwhile.
     """
 
     def __init__(
@@ -97,7 +102,17 @@ class Output:
         self.partial.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:
             held = self._held if self.part is None else opening
-            held.enter_context(lock_folder(self.partial, 0 if self.part is None else OPENING_S))
+            try:
+                held.enter_context(lock_folder(self.partial, 0 if self.part is None else OPENING_S))
+            except FileNotFoundError:
+                raise PublishedError from None
+            if (
+                self.part is not None
+                and not any(self.partial.iterdir())
+                and lock_of(self.out).get("plan") == self.digest
+            ):
+                self.partial.rmdir()
+                raise PublishedError
             others = self._others()
             if self.part is None and others:
                 raise BusyError(f"{BUSY}; {{cure}}", place=self.partial, cure="wait for its parts to end")
@@ -279,16 +294,16 @@ class Output:
             sync.result()
         self._syncs.clear()
 
-    def join(self, places: Iterable[tuple[str, int]]) -> bool | None:
+    def join(self, places: Iterable[tuple[str, int]]) -> bool:
         """Of several parts: True if all is written and no part runs any more but this one, which then publishes.
 
-        places: all tensors and segments. Keeps other runs out from then on. None if another part has published it.
+        places: all tensors and segments. Keeps other runs out from then on. Raises PublishedError if another part has.
         """
         joining = ExitStack()
         try:
             joining.enter_context(lock_folder(self.partial, JOINING_S))
         except FileNotFoundError:
-            return None
+            raise PublishedError from None
         for path in part_journals(self.partial):
             if found := read_journal(path, self.digest):
                 self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}

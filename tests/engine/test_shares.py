@@ -28,9 +28,9 @@ from mergekit_lfm.engine.shares import Share
 from mergekit_lfm.engine.tasks import Executor, Result, Task
 from mergekit_lfm.engine.threads import thread_pool
 from mergekit_lfm.engine.worker import Worker
-from mergekit_lfm.errors import PlanError
+from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.output import writer
-from mergekit_lfm.output.writer import Output
+from mergekit_lfm.output.writer import Output, PublishedError
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
 from mergekit_lfm.store.locks import BusyError
@@ -148,6 +148,38 @@ def test_runs_that_would_disturb_each_other_are_refused(tmp_path: Path, monkeypa
     execute(plan, tmp_path / "one", threads=1)
     assert shared(plan, out, (1, 2))
     assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_a_part_that_is_late_leaves_the_output_alone(tmp_path: Path) -> None:
+    """It has seen no output when it began, and then another part has made it."""
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    execute(plan, out)
+    before = output_of(out)
+    with pytest.raises(PublishedError):
+        Output(plan.digest, plan.shards, plan.inputs, out, part=1)
+    assert execute(plan, out, part=(1, 2), overwrite=True).already_there
+    assert output_of(out) == before and not (tmp_path / "out.partial").exists()
+
+
+def test_a_part_that_refuses_nan_does_not_publish_that_of_others(tmp_path: Path) -> None:
+    recipe, out = plan_of(CASES[0], tmp_path).recipe, tmp_path / "out"
+    model = tmp_path / "m1" / "model.safetensors"
+    header = len(header_of(model))
+    data = bytearray(model.read_bytes())
+    data[header : header + 2] = b"\xc0\x7f"  # NaN in bfloat16, in the first tensor
+    model.write_bytes(data)
+    plan = make_plan(recipe)
+    assert not shared(plan, out, (1, 2), nan="warn")
+    with pytest.raises(FormatError, match="holds NaN or infinity"):
+        shared(plan, out, (2, 2))
+    assert not out.exists()
+    assert shared(plan, out, (2, 2), nan="warn")
+
+
+def header_of(model: Path) -> bytes:
+    """The bytes of a safetensors file before its data."""
+    data = model.read_bytes()
+    return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
 def test_work_that_cannot_be_shared(tmp_path: Path) -> None:
