@@ -223,6 +223,15 @@ def test_without_the_extra_the_message_names_it(tmp_path: Path, monkeypatch: pyt
         execute(plan, tmp_path / "out", engine=find_engine("ray", "127.0.0.1:1"))
 
 
+def test_a_merge_by_threads_does_not_import_ray(folder: Path, tmp_path: Path) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": str(folder / "o"), "parameters": {"weight": 1.0}}]}
+    program = (
+        f"import sys; from mergekit_lfm import merge; merge({recipe!r}, {str(tmp_path / 'out')!r}, compile='never')"
+    )
+    program += "; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_nodes_that_differ_are_refused(tmp_path: Path) -> None:
     here = {"mergekit_lfm": "1.2", "torch": "2.13.0"}
     refuse_versions(here, [("one", here)])
