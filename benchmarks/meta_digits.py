@@ -1,6 +1,6 @@
 """Few-shot digits: initialisations from meta-learning beside a random one and joint training, over several seeds.
 
-    python benchmarks/meta_digits.py                      # three seeds, an hour and a half on one core
+    python benchmarks/meta_digits.py                      # three seeds, two hours on one core
     python benchmarks/meta_digits.py --side 8 --shots 1 --rows maml reptile  # images that fill the canvas
     python benchmarks/meta_digits.py --steps 5 --seeds 1  # a smoke test
 
