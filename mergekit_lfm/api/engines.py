@@ -59,17 +59,17 @@ class Started:
 
 # Of each launcher: the number of a process, from 0, how many there are, in all and on this machine.
 LAUNCHERS = (
-    ("RANK", ("WORLD_SIZE",), "LOCAL_WORLD_SIZE"),  # torchrun and its like
-    ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), None),  # srun, which gives each its own cores
+    ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun and its like
+    # srun, which gives each its own cores. A batch script has SLURM_NTASKS, too, and is one process.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", None),
 )
 
 
 def find_started(environment: Mapping[str, str]) -> Started | None:
     """The place that this process's launcher gives it; None without one, or if it started no others."""
-    for number, counts, local in LAUNCHERS:
-        count = next((name for name in counts if environment.get(name)), None)
+    for number, count, local in LAUNCHERS:
         try:
-            own, several = int(environment[number]), int(environment[str(count)])
+            own, several = int(environment[number]), int(environment[count])
             beside = int(environment.get(local or "", 1))
         except (KeyError, ValueError):
             continue
@@ -82,6 +82,10 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
     """Raise PlanError for a number without a part, or work that several runs cannot share."""
     if part is None:
         return
+    if not (isinstance(part, tuple) and [type(each) for each in part] == [int, int]):
+        raise PlanError(
+            "{found} is not a part; expected {expected}", found=repr(part), expected="two numbers, as (1, 4)"
+        )
     number, count = part
     if not 1 <= number <= count:
         expected = f"1/{count} to {count}/{count}" if count > 0 else "as 1/4"
@@ -94,9 +98,9 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
     }
     found = [text for text, is_so in reasons.items() if is_so]
     if found:
-        cure = "leave --partition out"
+        cure = "--partition 1/1 does all of it in one run"
         if "recipe" in found[0]:
-            cure = "make the models that it merges first, by recipes of their own, and name them here"
+            cure = f"make its models first, by recipes of their own, and name them here; or {cure}"
         raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)
 
 

@@ -174,8 +174,8 @@ def merge(
     outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
     if on_merged is not None and not outcome.result.waiting:
         on_merged(outcome)
-    if recipe.goal is None or outcome.result.waiting:
-        return outcome
+    if recipe.goal is None or outcome.result.waiting or (part is not None and outcome.already_there):
+        return outcome  # of a part: another has made OUT, and pushes it
     return push_merged(outcome, recipe.out, recipe.goal, verify_push, progress, started)
 
 

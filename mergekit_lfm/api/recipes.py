@@ -129,6 +129,9 @@ def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def _refuse_push(options: Mapping[str, Any]) -> None:
-    """Raise PlanError if the result of a job is to be pushed."""
+    """Raise PlanError if the result of a job is to be pushed, or to be made in parts."""
+    if options.get("part"):
+        cure = "--partition 1/1 does all of it in one run"
+        raise PlanError("a job is not shared by several runs; {cure}", cure=cure)
     if options.get("push_to"):
         raise PlanError(f"push_to: found {options['push_to']!r}, but what a job makes is not pushed; leave it out")

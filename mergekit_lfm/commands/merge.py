@@ -82,8 +82,8 @@ Examples:
     "--partition",
     type=Partition(),
     metavar="I/N",
-    help="Do part I of N, each a run of its own; the last to end completes OUT. 1/1 does all of it. [default: as RANK "
-    "and WORLD_SIZE say, or SLURM_PROCID and SLURM_NTASKS]",
+    help="Do part I of N, each a run of its own; the last to end completes OUT. 1/1 does all of it. [default: as "
+    "torchrun or srun say to the processes that they start]",
 )
 @click.option("--drop-stages", is_flag=True, help="Remove the results of the recipe's earlier stages at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
@@ -172,7 +172,7 @@ def _part_of(
     if partition is not None:
         return {"part": None if partition == (1, 1) else partition}
     started = find_started(os.environ)
-    if started is None or engine != "threads" or isinstance(planned, PlannedJob) or planned.stages is not None:
+    if started is None or engine != "threads" or isinstance(planned, PlannedJob):
         return {}
     number, count = started.part
     console.progress.notice(f"part {number} of {count}, as {started.source} say; --partition 1/1 does all of it")

@@ -7,9 +7,9 @@ bytes are the same in each case: sums run over constant blocks in a constant ord
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,13 @@ def execute(
     documents = Documents(plan, folder.name)
     documents.check()
     if resume and is_complete(plan.digest, folder):
-        if finish(plan.shards, documents.files, folder, comparison.is_sound):
+        if finish(plan.shards, documents.files, folder, comparison.is_sound, shared=part is not None):
             return Execution(resumed_bytes=plan.bytes_written)
         if _already_there(comparison, folder, **where):  # an output that was put back
             return Execution(already_there=True)
     _refuse_unready(plan)
     with engine(plan) as site:
-        count = _check(plan, folder, budget := memory or site.memory or budget, threads or site.threads, accelerator)
+        count = _check(plan, folder, budget := memory or site.memory or budget, threads, accelerator, site.threads)
         options = Options.of(accelerator, Budget(plan).left(budget), count, nan, compile)
         share, how = (Share(plan), {}) if part is None else (Share(plan, *part), {"part": part[0]})
         files = partial(Output, plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, **how)
@@ -111,21 +111,29 @@ def execute(
 def _carry_out(run: Run, output: Output, site: Site, documents: Documents) -> Execution:
     """Write what is left of a share, and make OUT of it if all else is written."""
     plan, nan = run.plan, run.options.nan
-    run.progress(resumed := _take_over(plan, output, nan, run.options.threads, run.share))
-    with Worker(plan, output.partial, run.options) as worker:
+    run.progress(resumed := _take_over(run, output))
+    _work(run, output, site)
+    if output.part is not None:
+        if not output.join(_places(plan)):
+            return Execution(False, resumed, (*output.notices, *sorted(run.remarks)), waiting=True)
+        last = replace(run, share=Share(plan), progress=lambda _: None)  # all that others have written is read again
+        _drop_damaged(last, output, lambda job, segment: not run.share.has(job, segment))
+        _work(last, output, site)
+    _check_finite(output, nan)
+    lock, digest = documents.lock(output.done)
+    output.publish({**documents.files, LOCK: lock})
+    keep_states(plan, digest)
+    return Execution(False, resumed, (*_findings(plan, output), *sorted(run.remarks)))
+
+
+def _work(run: Run, output: Output, site: Site) -> None:
+    """Carry out what is left of a share."""
+    with Worker(run.plan, output.partial, run.options) as worker:
         try:
             with _explain_full_gpu(), site.pool(worker, run.options.threads) as executor:
                 run.carry_out(executor)
         finally:
             output.flush()
-    remarks = tuple(sorted(run.remarks))
-    if output.part is not None and not output.join(_places(plan)):
-        return Execution(False, resumed, (*output.notices, *remarks), waiting=True)
-    _check_finite(output, nan)
-    lock, digest = documents.lock(output.done)
-    output.publish({**documents.files, LOCK: lock})
-    keep_states(plan, digest)
-    return Execution(False, resumed, (*_findings(plan, output), *remarks))
 
 
 def _check_finite(output: Output, nan: Policy) -> None:
@@ -140,20 +148,25 @@ def _places(plan: Plan) -> Iterator[tuple[str, int]]:
     return ((name, k) for job in plan.tensors for name in job.names for k in range(job.segments))
 
 
-def _take_over(plan: Plan, output: Output, nan: Policy, threads: int, share: Share) -> int:
+def _take_over(run: Run, output: Output) -> int:
     """The bytes of a share that an interrupted run has written, and that are as it has left them.
 
     Raises FormatError if it accepted NaN and this one does not.
     """
-    numbers = {name: i for i, job in enumerate(plan.tensors) for name in job.names}
-    jobs = {name: plan.tensors[i] for name, i in numbers.items()}
+    mine = _drop_damaged(run, output, run.share.has)
+    _check_finite(output, run.options.nan)
+    return sum(run.jobs[name].segment_nbytes(segment) for name, segment in output.done if mine(name, segment))
 
-    def mine(name: str, segment: int) -> bool:
-        return share.has(numbers[name], segment)
 
-    output.drop_damaged(lambda name, segment: jobs[name].segment_range(segment), threads, mine)
-    _check_finite(output, nan)
-    return sum(jobs[name].segment_nbytes(segment) for name, segment in output.done if mine(name, segment))
+def _drop_damaged(run: Run, output: Output, has: Callable[[int, int], bool]) -> Callable[[str, int], bool]:
+    """Drop receipts of damaged segments; has: True for the job and segment of those to read, also by tensors' names."""
+    numbers = {name: i for i, job in enumerate(run.plan.tensors) for name in job.names}
+
+    def chosen(name: str, segment: int) -> bool:
+        return has(numbers[name], segment)
+
+    output.drop_damaged(lambda name, segment: run.jobs[name].segment_range(segment), run.options.threads, chosen)
+    return chosen
 
 
 def _findings(plan: Plan, output: Output) -> Iterator[str]:
@@ -206,9 +219,11 @@ def _already_there(
     return there and comparison.has_these_inputs(folder)
 
 
-def _check(plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator) -> int:
-    """The number of threads. Raises PlanError if memory, disk or inputs forbid the work."""
-    count = workers(plan, budget, threads, accelerator)
+def _check(
+    plan: Plan, folder: Path, budget: int, threads: int | None, accelerator: Accelerator, most: int | None
+) -> int:
+    """The number of threads, by default at most `most`. Raises PlanError if memory, disk or inputs forbid the work."""
+    count = workers(plan, budget, threads, accelerator, most)
     check_copies(plan)
     check_disk(plan, folder)
     return count

@@ -11,7 +11,7 @@ from pathlib import Path
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.machine.resources import default_memory
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.store.state import FileState
+from mergekit_lfm.store.state import FileState, state_of
 
 SHOWN = 5  # files that a message names
 
@@ -49,12 +49,11 @@ def look_at_node(folder: Path, inputs: Sequence[FileState]) -> Node:
 
 
 def _is_there(state: FileState) -> bool:
-    """True if this machine sees the file in its size and with its time; inodes may differ."""
+    """True if this machine sees the file in the state in which the merge was planned."""
     try:
-        status = state.path.stat()
+        return state_of(state.path) == state
     except OSError:
         return False
-    return (status.st_size, status.st_mtime_ns) == (state.nbytes, state.mtime_ns)
 
 
 def refuse_versions(here: Versions, nodes: Iterable[tuple[str, Versions]]) -> None:

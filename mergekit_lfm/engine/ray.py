@@ -52,7 +52,7 @@ def _site(address: str | None, plan: Plan) -> Iterator[Site]:
         refuse_unlike(looks, plan)
         cores = int(min(node["Resources"]["CPU"] for node in nodes))
         memory = min(int(node["Resources"]["memory"]) for node in nodes)
-        pool = _Pool(ray, cores, memory, several=len(nodes) > 1)
+        pool = _Pool(ray, cores, memory, sync=address is not None)
         yield Site(pool, min([memory, *(look.memory for look in looks)]), cores)
 
 
@@ -104,12 +104,15 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Pool:
-    """A pool of processes of a connected cluster. cores, memory: of its least node. several: it has more than one."""
+    """A pool of processes of a connected cluster. cores, memory: of its least node.
+
+    sync: it may have other machines, which bring to the disk what they have written.
+    """
 
     ray: Any
     cores: int
     memory: int
-    several: bool
+    sync: bool
 
     @contextmanager
     def __call__(self, worker: Worker, count: int) -> Iterator[Executor]:
@@ -121,12 +124,12 @@ class _Pool:
         flying = dict[Any, _Call]()
 
         def launch(call: _Call) -> None:
-            copy = do.remote(given, call.tasks, sync=self.several)
+            copy = do.remote(given, call.tasks, sync=self.sync)
             call.copies.append(copy)
             call.since, flying[copy] = time.monotonic(), call
 
         def unordered(tasks: Iterable[Task]) -> Iterator[Result]:
-            processes = max(1, int(ray.cluster_resources()["CPU"] / resources["num_cpus"]))
+            processes = max(1, int(ray.cluster_resources().get("CPU", 0) / resources["num_cpus"]))
             waiting, took = deque(_together([*tasks], processes)), list[float]()
             while waiting or flying:
                 while waiting and len(flying) < 2 * processes:
@@ -139,6 +142,8 @@ class _Pool:
                     try:
                         results = result_of(ray, copy)
                     except Lost as error:
+                        if any(other in flying for other in call.copies):
+                            continue
                         sentence = "Ray has given up on a task: {found}; {cure}; the same command then goes on"
                         cure = "see its logs, and lower --memory or --threads if the nodes have too little memory"
                         raise PlanError(sentence, found=error, cure=cure) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,9 +42,10 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
     """A connection to the cluster; one that the program has made before is used, if it is to the same address."""
     if ray.is_initialized():
         there = ray.get_runtime_context().gcs_address
-        if address not in (None, there):
+        if address is None or _numeric(address) != _numeric(there):
             sentence = "this program is connected to the Ray cluster {found}, the merge asks for {expected}; {cure}"
-            raise PlanError(sentence, found=there, expected=address, cure="call ray.shutdown() before")
+            cure = "give that address, or call ray.shutdown() before"
+            raise PlanError(sentence, found=there, expected=address or "one of its own", cure=cure)
         yield
         return
     if address is not None:
@@ -52,16 +55,30 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
         for name, value in OURS.items():
             os.environ.setdefault(name, value)
         how |= {"num_cpus": default_threads(), "object_store_memory": OBJECTS, "include_dashboard": False}
+    main = threading.current_thread() is threading.main_thread()
+    signals = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address=address or "local", **how)
     except Exception as error:  # of several classes, some of them not Ray's
         cure = "see that it runs, and that RAY_AUTH_MODE and its token are the same here as there"
         sentence = "no connection to the Ray cluster {place}: {found}; {cure}"
         raise PlanError(sentence, place=address, found=reason(error), cure=cure) from None
+    finally:
+        for each, handler in signals.items() if main else ():  # Ray has its own, which say nothing
+            signal.signal(each, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _numeric(address: str) -> str:
+    """An address with the number of its host."""
+    host, _, port = address.rpartition(":")
+    try:
+        return f"{socket.gethostbyname(host)}:{port}"
+    except OSError:
+        return address
 
 
 def _reach(address: str) -> None:

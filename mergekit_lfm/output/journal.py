@@ -6,7 +6,6 @@ first lines; the number of the run's part follows the name.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lfm.store.files import name_file, open_file, parse_json
-from mergekit_lfm.store.locks import WITHOUT_LOCKS
+from mergekit_lfm.store.locks import hold
 from mergekit_lfm.store.state import FileState
 
 JOURNAL = "merge.journal"
@@ -111,18 +110,6 @@ def journal_of(part: int | None) -> str:
 def part_journals(partial: Path) -> Iterator[Path]:
     """The journals of parts in an unfinished output."""
     yield from (path for path in sorted(partial.iterdir()) if path.name != JOURNAL and is_journal(path.name))
-
-
-def hold(fd: int) -> bool:
-    """Lock an open journal for as long as it is open; False if another run has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-    return True
 
 
 def running(journals: Sequence[Path]) -> list[Path]:

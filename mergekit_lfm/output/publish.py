@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from mergekit_lfm.errors import PlanError, several
@@ -12,8 +13,10 @@ from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.replace import REPLACED, clear_replaced, files_in, put_back
 from mergekit_lfm.store.durable import sync_folder
-from mergekit_lfm.store.locks import lock_folder
+from mergekit_lfm.store.locks import lock_folder, lock_parts, parts_lock
 from mergekit_lfm.store.places import partial_of
+
+JOINING_S = 3600.0  # to wait for another part that publishes the output, which may read all of it before
 
 
 def check_whole(partial: Path, shards: Iterable[Shard], files: Mapping[str, bytes], *, lock: bool = False) -> None:
@@ -50,17 +53,31 @@ def move_into_place(out: Path) -> None:
         out.rename(partial / REPLACED)
     sync_folder(partial)
     partial.rename(out)
+    parts_lock(partial).unlink(missing_ok=True)
     sync_folder(out.parent)
     clear_replaced(out)
 
 
-def finish(shards: Iterable[Shard], files: Mapping[str, bytes], out: Path, is_sound: Callable[[Path], bool]) -> bool:
+def finish(
+    shards: Iterable[Shard],
+    files: Mapping[str, bytes],
+    out: Path,
+    is_sound: Callable[[Path], bool],
+    *,
+    shared: bool = False,
+) -> bool:
     """Complete the publishing of a run that was killed in the middle of it, if its work `is_sound`.
 
-    files: all but the shards and the lock. Else a folder that was to be replaced is put back. Raises PlanError if
-    OUT.partial does not hold exactly the planned files.
+    files: all but the shards and the lock. Else a folder that was to be replaced is put back. shared: by one part of
+    several, which waits for others; False if one of these has done it. Raises PlanError if OUT.partial does not hold
+    exactly the planned files.
     """
-    with lock_folder(partial_of(out)):
+    with ExitStack() as stack:
+        if shared:
+            stack.enter_context(lock_parts(partial_of(out), JOINING_S))
+            if not partial_of(out).is_dir():
+                return False
+        stack.enter_context(lock_folder(partial_of(out), JOINING_S if shared else 0))
         check_whole(partial_of(out), shards, files, lock=True)
         if not is_sound(partial_of(out)):
             put_back(out)

@@ -28,6 +28,7 @@ class ShardFiles:
         }
         self._paths = tuple(folder / shard.name for shard in self.shards)
         self._fds: dict[int, int] = {}
+        self._for_reading: dict[int, int] = {}
         self._unsynced = set[int]()  # shards
         self._lock = Lock()
 
@@ -43,18 +44,25 @@ class ShardFiles:
         return self._paths[shard]
 
     def fileno(self, shard: int) -> int:
-        """The descriptor of a shard, which is opened once."""
+        """The descriptor to write a shard, which is opened once.
+
+        It cannot read: NFS would widen what it writes to whole pages, over bytes that another machine writes.
+        """
+        return self._open(self._fds, shard, os.O_WRONLY)
+
+    def _open(self, fds: dict[int, int], shard: int, how: int) -> int:
         with self._lock:
-            if shard not in self._fds:
-                self._fds[shard] = os.open(self.path(shard), os.O_RDWR | os.O_NOFOLLOW)
-            return self._fds[shard]
+            if shard not in fds:
+                fds[shard] = os.open(self.path(shard), how | os.O_NOFOLLOW)
+            return fds[shard]
 
     def close(self) -> None:
         """Close the files."""
         with self._lock:
-            for fd in self._fds.values():
-                os.close(fd)
-            self._fds.clear()
+            for fds in (self._fds, self._for_reading):
+                for fd in fds.values():
+                    os.close(fd)
+                fds.clear()
 
     def sync(self) -> None:
         """Bring to the disk what was written here."""
@@ -93,7 +101,8 @@ class ShardFiles:
 
     def digest(self, name: str, start: int, nbytes: int) -> str:
         """xxh3-128 of bytes of a tensor from byte `start` of it on, in hex."""
-        fd, offset = self.place(name)
+        shard, offset = self._places[name]
+        fd = self._open(self._for_reading, shard, os.O_RDONLY)
         digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(READ_AT_ONCE, nbytes)))
         for at in range(start, start + nbytes, READ_AT_ONCE):
             data = buffer[: start + nbytes - at]

@@ -22,7 +22,6 @@ from mergekit_lfm.output.journal import (
     JOURNAL,
     Receipt,
     first_lines,
-    hold,
     journal_of,
     part_journals,
     read_journal,
@@ -30,17 +29,17 @@ from mergekit_lfm.output.journal import (
 )
 from mergekit_lfm.output.layout import Shard
 from mergekit_lfm.output.lock import LOCK, lock_of
-from mergekit_lfm.output.publish import check_whole, move_into_place
+from mergekit_lfm.output.publish import JOINING_S, check_whole, move_into_place
 from mergekit_lfm.output.shards import ShardFiles
 from mergekit_lfm.store.durable import leftovers, replace_file, reserve, sync_folder, write_all
 from mergekit_lfm.store.files import name_file, open_file, parse_json
-from mergekit_lfm.store.locks import BUSY, BusyError, lock_folder
+from mergekit_lfm.store.locks import BUSY, BusyError, hold, lock_folder, lock_parts, parts_lock
 from mergekit_lfm.store.places import partial_of, refuse_links, remove
 from mergekit_lfm.store.state import FileState, refuse_changed
 from mergekit_lfm.store.tensors import UNFINISHED, write_exactly
 
 SHOWN = 5  # tensors that a notice names
-OPENING_S, JOINING_S = 60.0, 600.0  # to wait for another part that opens the folder, or that publishes it
+OPENING_S = 600.0  # to wait for another part that opens the folder
 SYNC_BYTES = 256 << 20  # about so many are synced and journalled at a time: syncing each tensor costs more than merging
 
 
@@ -99,23 +98,8 @@ class Output:
             raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
         own = self.partial / journal_of(self.part)
         refuse_links(self.partial, (JOURNAL, own.name, LOCK, *(shard.name for shard in self.shards)))
-        self.partial.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:
-            held = self._held if self.part is None else opening
-            try:
-                held.enter_context(lock_folder(self.partial, 0 if self.part is None else OPENING_S))
-            except FileNotFoundError:
-                raise PublishedError from None
-            if (
-                self.part is not None
-                and not any(self.partial.iterdir())
-                and lock_of(self.out).get("plan") == self.digest
-            ):
-                self.partial.rmdir()
-                raise PublishedError
-            others = self._others()
-            if self.part is None and others:
-                raise BusyError(f"{BUSY}; {{cure}}", place=self.partial, cure="wait for its parts to end")
+            others = self._keep_out(opening)
             if resume:
                 self._refuse_other_work(journal)
             journal.touch()
@@ -126,15 +110,33 @@ class Output:
             if kept is None:
                 if others:
                     cure = "wait for them to end, or end them, and start all parts again"
-                    raise BusyError(f"{BUSY}, in parts of other inputs; {{cure}}", place=self.partial, cure=cure)
+                    raise BusyError(f"{BUSY}, in other parts; {{cure}}", place=self.partial, cure=cure)
                 self._start_over(journal)
             self._open_journal(own, kept or 0)
-            self._make_shards()
+            if not others:  # else they have made them, and write into them
+                self._make_shards()
+
+    def _keep_out(self, opening: ExitStack) -> list[Path]:
+        """Keep other runs out: for good, or, of a part, while the folder is opened. The journals of running parts."""
+        if self.part is None:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(lock_folder(self.partial))
+        else:
+            opening.enter_context(lock_parts(self.partial, OPENING_S))
+            if not self.partial.is_dir() and lock_of(self.out).get("plan") == self.digest:
+                parts_lock(self.partial).unlink(missing_ok=True)
+                raise PublishedError
+            self.partial.mkdir(parents=True, exist_ok=True)
+            opening.enter_context(lock_folder(self.partial, OPENING_S))
+        others = self._others()
+        if others and (self.part is None or self.partial / JOURNAL in others):
+            raise BusyError(f"{BUSY}; {{cure}}", place=self.partial, cure="wait for it to end")
+        return others
 
     def _others(self) -> list[Path]:
-        """The journals of other parts that are running now."""
-        own = journal_of(self.part)
-        return running([path for path in part_journals(self.partial) if path.name != own])
+        """The journals of other runs that are at work now."""
+        own, journals = journal_of(self.part), [*part_journals(self.partial), self.partial / JOURNAL]
+        return running([path for path in journals if path.name != own and path.exists()])
 
     def _make_shards(self) -> None:
         """Make the shards at full size, unreadable."""
@@ -153,11 +155,9 @@ class Output:
         with name_file(own):
             self._journal = os.open(own, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._held.callback(os.close, self._journal)
-            if self.part is not None and not hold(self._journal):
-                cure = "give each part its own number, and start none twice"
-                raise BusyError(
-                    "another run writes part {found} of {place}; {cure}", found=self.part, place=self.partial, cure=cure
-                )
+            if not hold(self._journal):
+                cure = "wait for it; give each part its own number, and start none twice"
+                raise BusyError("another run writes {place}; {cure}", place=own, cure=cure)
             if kept or self.part is None:
                 os.ftruncate(self._journal, kept or os.fstat(self._journal).st_size)
             else:
@@ -196,25 +196,32 @@ class Output:
         journals = {journal: common}
         journals |= {path: found for path in part_journals(self.partial) if (found := read_journal(path, self.digest))}
         used = any(found.receipts for found in journals.values())
-        if (used or self.part is not None) and self._find_change(common.states, say=used):
+        if (used or self.part is not None) and (changed := self._find_change(common.states)):
+            if used and self.part is not None:
+                sentence = "{found} was changed since another part began, or this machine sees it so; {cure}"
+                cure = (
+                    f"delete {self.partial} to start over, or try --trust-times if only inodes or change times differ"
+                )
+                raise PlanError(sentence, found=changed, cure=cure)
+            if used:
+                self.notices.append(f"{changed} was changed since the interrupted run, whose work was done again")
             return None
-        for path, found in journals.items():
-            if path == journal or not self._find_change(found.states, say=False):
-                self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}
+        fit = {
+            path: found for path, found in journals.items() if path == journal or not self._find_change(found.states)
+        }
+        for found in fit.values():
+            self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}
         if not self.done and self.part is None:
             return None
-        return journals[own].nbytes if own in journals else 0
+        return fit[own].nbytes if own in fit else 0
 
-    def _find_change(self, before: Iterable[FileState], *, say: bool) -> bool:
-        """True if the inputs are in other states than an earlier run found. say: so that `notices` tells it."""
+    def _find_change(self, before: Iterable[FileState]) -> str | None:
+        """An input that is in another state than an earlier run found."""
         then, now = (
             {str(state.path): state.as_data(trust_times=self.trust_times) for state in states}
             for states in (before, self.inputs)
         )
-        paths = [path for path in {**now, **then} if then.get(path) != now.get(path)]
-        if paths and say:
-            self.notices.append(f"{paths[0]} was changed since the interrupted run, whose work was done again")
-        return bool(paths)
+        return next((path for path in {**now, **then} if then.get(path) != now.get(path)), None)
 
     def _start_over(self, journal: Path) -> None:
         """Empty the folder: first the journal, then the rest."""
@@ -300,16 +307,20 @@ class Output:
         places: all tensors and segments. Keeps other runs out from then on. Raises PublishedError if another part has.
         """
         joining = ExitStack()
-        try:
-            joining.enter_context(lock_folder(self.partial, JOINING_S))
-        except FileNotFoundError:
-            raise PublishedError from None
+        joining.enter_context(lock_parts(self.partial, JOINING_S))
+        own = self.partial / journal_of(self.part)
+        if not own.exists() or own.stat().st_ino != os.fstat(self._journal).st_ino:
+            joining.close()
+            if lock_of(self.out).get("plan") == self.digest:
+                raise PublishedError
+            raise PlanError("{place} was removed while this run wrote it; {cure}", place=own, cure="start it again")
         for path in part_journals(self.partial):
             if found := read_journal(path, self.digest):
                 self.done |= {(receipt.tensor, receipt.segment): receipt for receipt in found.receipts}
         whole = not self._others() and all(place in self.done for place in places)
         if whole:
             self._held.enter_context(joining.pop_all())
+            self._held.enter_context(lock_folder(self.partial, OPENING_S))
             return True
         self._held.close()  # the journal first: the next part that looks shall not find this one running
         joining.close()

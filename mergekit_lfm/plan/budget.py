@@ -195,11 +195,14 @@ def _part_numel(job: Job, most: int) -> int:
     return min(job.block, max(1, most // step) * step)
 
 
-def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerator) -> int:
-    """The number of threads for so many bytes. Raises PlanError if these, or the device's memory, are too few."""
+def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerator, most: int | None = None) -> int:
+    """The number of threads for so many bytes. Raises PlanError if these, or the device's memory, are too few.
+
+    most: as many as there may be by default; None: as this machine has cores, or as feed its device.
+    """
     budget = Budget(plan, in_parts=not accelerator.by_chunk)
     room = accelerator.room(budget.left(memory))
-    count = threads or min(accelerator.threads, budget.most_threads(memory, room))
+    count = threads or min(most or accelerator.threads, budget.most_threads(memory, room))
     budget.peak(memory, count)
     budget.check_room(room, count)
     return count
@@ -207,7 +210,8 @@ def workers(plan: Plan, memory: int, threads: int | None, accelerator: Accelerat
 
 def missing_disk(plan: Plan, out: Path) -> int:
     """Bytes of free disk that the output lacks, less what an earlier run has reserved; at most 0 if it fits."""
-    return sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out)) - free_space(out)
+    free = free_space(out)  # before the rest, which another part of the run may reserve meanwhile
+    return sum(shard.nbytes for shard in plan.shards) - allocated_bytes(partial_of(out)) - free
 
 
 def check_disk(plan: Plan, out: Path) -> None:

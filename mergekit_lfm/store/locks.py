@@ -68,6 +68,54 @@ def _lock_now(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def lock_parts(folder: Path, wait_s: float) -> Iterator[None]:
+    """Keep the other parts of a run out of a folder within this block, also those on other machines.
+
+    By a lock on a file beside it: network file systems lock folders for one machine alone. Raises BusyError if another
+    part has it for `wait_s` seconds, PlanError if its file system has no locks.
+    """
+    path, until = parts_lock(folder), time.monotonic() + wait_s
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with name_file(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            if hold(fd, needed=path):
+                if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:  # else its folder was published
+                    yield
+                    return
+                continue
+        finally:
+            os.close(fd)
+        if time.monotonic() >= until:
+            raise BusyError(f"{BUSY}; {{cure}}", place=folder, cure="wait for it, and start this part again")
+        time.sleep(PAUSE_S)
+
+
+def parts_lock(folder: Path) -> Path:
+    """The file by which parts lock a folder."""
+    return folder.with_name(f"{folder.name}.parts")
+
+
+def hold(fd: int, needed: Path | None = None) -> bool:
+    """Lock an open file for as long as it is open; False if another run has it.
+
+    True, too, on a file system without locks. needed: the file's path, to raise PlanError there.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        if needed is not None:
+            sentence = "{place} is on a file system without locks, which several runs need; {cure}"
+            raise PlanError(sentence, place=needed, cure="leave --partition out, or mount it with locks") from None
+    return True
+
+
+@contextmanager
 def _hold(path: Path, folder: Path) -> Iterator[None]:
     """Keep other runs out by a lock file."""
     ours = f"{socket.gethostname()} {os.getpid()} {_start_of(os.getpid())}"

@@ -270,7 +270,7 @@ class PretendedRay:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._call))
 
     def _call(self, _: object, tasks: Sequence[Any], *, sync: bool) -> int:
-        assert not sync
+        assert sync
         self.calls.append(tasks)
         return len(self.calls)  # its number, from 1
 
@@ -301,7 +301,7 @@ def test_a_task_that_takes_long_is_also_given_to_another_process(
     options = Options.of(HOST, 1 << 20, 2, "error", "never")
     for order, cancelled in (([1, 2, 3, None, 5], [4]), ([1, 2, 3, None, 4], [5])):
         ray = PretendedRay(order)
-        pool = engine_ray._Pool(ray, 2, 1 << 30, several=False)
+        pool = engine_ray._Pool(ray, 2, 1 << 30, sync=True)
         monkeypatch.setattr("mergekit_lfm.engine.ray.time", SimpleNamespace(monotonic=ray.monotonic))
         with Worker(plan, None, options) as worker, pool(worker, 2) as executor:
             tasks: list[Any] = [1, 2, 3, 4]

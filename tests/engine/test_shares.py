@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
 from helpers_methods import Case, plan_of
 from helpers_processes import on
-from models import output_of
+from models import files_of, output_of
 
 from mergekit_lfm import merge
 from mergekit_lfm.api.contract import least_memory
@@ -107,19 +108,24 @@ def test_a_run_alone_goes_on_from_parts(tmp_path: Path) -> None:
     assert output_of(out) == output_of(tmp_path / "one")
 
 
-def test_parts_of_other_inputs_begin_again(tmp_path: Path) -> None:
+def test_parts_of_other_inputs_are_refused(tmp_path: Path) -> None:
     plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
     assert not shared(plan, out, (1, 2))
     model = tmp_path / "m1" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-2] + b"\x00\x3f")
     changed = make_plan(plan.recipe)
     execute(changed, tmp_path / "one", threads=1)
-    assert not shared(changed, out, (2, 2))
-    assert shared(changed, out, (1, 2))
+    before = files_of(tmp_path / "out.partial")
+    with pytest.raises(PlanError, match=r"m1/model\.safetensors was changed since another part began"):
+        shared(changed, out, (2, 2))
+    assert files_of(tmp_path / "out.partial") == before
+    rmtree(tmp_path / "out.partial")
+    assert not shared(changed, out, (2, 2)) and shared(changed, out, (1, 2))
     assert output_of(out) == output_of(tmp_path / "one")
 
 
-def test_damage_to_a_part_is_mended_by_its_own_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [(1, 2), (2, 2)], ids=["its own run", "the last run"])
+def test_damage_to_a_part_is_mended(again: tuple[int, int], tmp_path: Path) -> None:
     plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
     execute(plan, tmp_path / "one", threads=1)
     assert not shared(plan, out, (1, 2))
@@ -127,9 +133,35 @@ def test_damage_to_a_part_is_mended_by_its_own_run(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(plan.shards[0].header)] ^= 1  # of the first tensor, which is of the first part
     shard.write_bytes(data)
-    assert not shared(plan, out, (1, 2))
-    assert shared(plan, out, (2, 2))
+    done = execute(plan, out, part=again)
+    assert any("damaged segments" in finding for finding in done.findings)
+    assert done.waiting == (again == (1, 2))
+    assert again == (2, 2) or shared(plan, out, (2, 2))
     assert output_of(out) == output_of(tmp_path / "one")
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_a_published_one(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+
+    @contextmanager
+    def removing(worker: Worker, count: int) -> Iterator[Executor]:
+        with thread_pool(worker, count) as executor:
+            yield executor
+        rmtree(tmp_path / "out.partial")
+
+    with pytest.raises(PlanError, match="was removed while this run wrote it"):
+        shared(plan, out, (1, 2), engine=on(removing))
+
+
+def test_a_torn_head_of_a_journal_is_written_again(tmp_path: Path) -> None:
+    plan, out = plan_of(CASES[0], tmp_path), tmp_path / "out"
+    assert not shared(plan, out, (1, 2))
+    journal = tmp_path / "out.partial" / "merge.journal.1"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[: whole.index(b"\n") + 5])
+    assert not shared(plan, out, (1, 2))
+    assert sorted(journal.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert execute(plan, out, part=(1, 2)).resumed_bytes == Share(plan, 1, 2).nbytes
 
 
 def test_runs_that_would_disturb_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +169,9 @@ def test_runs_that_would_disturb_each_other_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(writer, "OPENING_S", 0.0)
     output = plan.digest, plan.shards, plan.inputs, out
     with Output(*output, part=1):
-        with pytest.raises(BusyError, match="another run writes part 1 of"):
+        with pytest.raises(BusyError, match=r"another run writes .*merge\.journal\.1; wait for it"):
             shared(plan, out, (1, 2))
-        with pytest.raises(BusyError, match="wait for its parts to end"):
+        with pytest.raises(BusyError, match=r"another run is writing .*wait for it to end"):
             execute(plan, out)
         assert not shared(plan, out, (2, 2))
     with Output(*output), pytest.raises(BusyError, match="another run is writing"):
@@ -200,7 +232,7 @@ def test_work_that_cannot_be_shared(tmp_path: Path) -> None:
 
 
 def test_the_launcher_of_a_process_says_its_part() -> None:
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+    slurm = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}
     for environment, part, beside in (
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, (1, 2), 2),
         (slurm, (4, 4), 1),
@@ -208,7 +240,14 @@ def test_the_launcher_of_a_process_says_its_part() -> None:
     ):
         found = find_started(environment)
         assert found is not None and (found.part, found.beside) == (part, beside)
-    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {**slurm, "SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "a"}):
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    for environment in (
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {**slurm, "SLURM_STEP_NUM_TASKS": "1"},
+        batch,
+        {"RANK": "a"},
+    ):
         assert find_started(environment) is None
 
 
