@@ -265,17 +265,22 @@ def test_torchrun_with_a_rank_that_is_killed(tmp_path: Path) -> None:
     merge(tmp_path / "recipe.yaml", tmp_path / "threads" / "out", threads=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--max-restarts", "3"]
     command += ["-m", "mergekit_lfm", "merge", str(tmp_path / "recipe.yaml")]
-    draw = random.Random(0)
-    for number in range(KILLED_RANKS):
+    draw, killed, number = random.Random(0), 0, 0
+    while killed < KILLED_RANKS:
         out = tmp_path / f"ranks-{number}" / "out"
         run = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True)
-        time.sleep(draw.uniform(3, 9))
+        while run.poll() is None and not out.with_name("out.partial").exists():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
         ranks = [pid for pid in _children(run.pid) if str(out) in _line(pid)]
-        if ranks:
+        if ranks and not out.exists():
             os.kill(draw.choice(ranks), signal.SIGKILL)
+            killed += 1
         _, said = run.communicate(timeout=300)
         assert run.returncode == 0, said
         assert output_of(out) == output_of(tmp_path / "threads" / "out")
+        number += 1
+        assert number < 50
 
 
 def _children(pid: int) -> list[int]:
