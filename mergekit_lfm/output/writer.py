@@ -93,13 +93,13 @@ class Output:
         self._held.close()
 
     def _open(self, resume: bool) -> None:
-        journal = self.partial / JOURNAL
-        if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
-            raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
-        own = self.partial / journal_of(self.part)
-        refuse_links(self.partial, (JOURNAL, own.name, LOCK, *(shard.name for shard in self.shards)))
+        journal, own = self.partial / JOURNAL, self.partial / journal_of(self.part)
         with ExitStack() as opening:
+            if self.part is None:
+                self._refuse_strangers(journal)
             others = self._keep_out(opening)
+            self._refuse_strangers(journal)  # of parts only now, as another may just have made the folder
+            refuse_links(self.partial, (JOURNAL, own.name, LOCK, *(shard.name for shard in self.shards)))
             if resume:
                 self._refuse_other_work(journal)
             journal.touch()
@@ -115,6 +115,11 @@ class Output:
             self._open_journal(own, kept or 0)
             if not others:  # else they have made them, and write into them
                 self._make_shards()
+
+    def _refuse_strangers(self, journal: Path) -> None:
+        """Raise PlanError if the folder is not one of ours."""
+        if self.partial.exists() and not (journal.exists() or lock_of(self.partial) or not any(self.partial.iterdir())):
+            raise PlanError(f"{self.partial} exists and is not the unfinished output of a merge; move it away")
 
     def _keep_out(self, opening: ExitStack) -> list[Path]:
         """Keep other runs out: for good, or, of a part, while the folder is opened. The journals of running parts."""
