@@ -63,8 +63,10 @@ def main() -> None:
             started, model = time.monotonic(), folder / name
             if "," in name:
                 origin = name.partition(",")[0]
-                part = {"train": "*encoder.layer*"} if origin == "cut" else {}  # its words have the teacher's vectors
-                distill_model(folder / origin, teacher, data, model, **how, **part)
+                own = (
+                    {**how, "train": "*encoder.layer*"} if origin == "cut" else how
+                )  # its words have the teacher's vectors
+                distill_model(folder / origin, teacher, data, model, **own)
             seconds = time.monotonic() - started
             loaded = load_model(model, "embedding")
             scores = {kind: retrieval(loaded, folder / f"{kind}.test.jsonl").top1 for kind in ("details", "names")}
