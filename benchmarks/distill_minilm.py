@@ -63,9 +63,7 @@ def main() -> None:
             started, model = time.monotonic(), folder / name
             if "," in name:
                 origin = name.partition(",")[0]
-                own = (
-                    {**how, "train": "*encoder.layer*"} if origin == "cut" else how
-                )  # its words have the teacher's vectors
+                own = how if origin == "new" else {**how, "train": "*encoder.layer*"}  # its words stay the teacher's
                 distill_model(folder / origin, teacher, data, model, **own)
             seconds = time.monotonic() - started
             loaded = load_model(model, "embedding")
