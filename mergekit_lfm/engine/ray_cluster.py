@@ -62,7 +62,8 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
     except Exception as error:  # of several classes, some of them not Ray's
         cure = "see that it runs, and that RAY_AUTH_MODE and its token are the same here as there"
         sentence = "no connection to the Ray cluster {place}: {found}; {cure}"
-        raise PlanError(sentence, place=address, found=reason(error), cure=cure) from None
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"  # its lines tell versions that differ
+        raise PlanError(sentence, place=address or "of this machine", found=found, cure=cure) from None
     finally:
         for each, handler in signals.items() if main else ():  # Ray has its own, which say nothing
             signal.signal(each, handler)
