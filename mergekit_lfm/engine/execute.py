@@ -25,6 +25,7 @@ from mergekit_lfm.kernels.compiled import Mode
 from mergekit_lfm.machine.accelerators import HOST, Accelerator
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import default_memory, explain_thread_limit
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.publish import finish
 from mergekit_lfm.output.replace import Policy, already_there, is_complete
@@ -103,12 +104,12 @@ def execute(
         files = partial(Output, plan.digest, plan.shards, plan.inputs, folder, resume, trust_times=trust_times, **how)
         try:
             with files() as output, progress.by_bytes(share.nbytes, doing) as advance:
-                return _carry_out(Run(plan, options, output, advance, share), output, site, documents)
+                return _carry_out(Run(plan, options, output, advance, share), output, site, documents, progress)
         except PublishedError:
             return Execution(already_there=True)
 
 
-def _carry_out(run: Run, output: Output, site: Site, documents: Documents) -> Execution:
+def _carry_out(run: Run, output: Output, site: Site, documents: Documents, progress: Progress) -> Execution:
     """Write what is left of a share, and make OUT of it if all else is written."""
     plan, nan = run.plan, run.options.nan
     run.progress(resumed := _take_over(run, output))
@@ -116,6 +117,8 @@ def _carry_out(run: Run, output: Output, site: Site, documents: Documents) -> Ex
     if output.part is not None:
         if not output.join(_places(plan)):
             return Execution(False, resumed, (*output.notices, *sorted(run.remarks)), waiting=True)
+        theirs = format_size(plan.bytes_written - run.share.nbytes)
+        progress.notice(f"all parts are written; reading {theirs} of the others")
         last = replace(run, share=Share(plan), progress=lambda _: None)  # all that others have written is read again
         _drop_damaged(last, output, lambda job, segment: not run.share.has(job, segment))
         _work(last, output, site)

@@ -133,10 +133,17 @@ class Output:
                 raise PublishedError
             self.partial.mkdir(parents=True, exist_ok=True)
             opening.enter_context(lock_folder(self.partial, OPENING_S))
-        others = self._others()
+        others, own = self._others(), self.partial / journal_of(self.part)
+        if own.exists() and running([own]):  # of another machine, where folders lock for one alone
+            raise self._busy(own)
         if others and (self.part is None or self.partial / JOURNAL in others):
             raise BusyError(f"{BUSY}; {{cure}}", place=self.partial, cure="wait for it to end")
         return others
+
+    @staticmethod
+    def _busy(own: Path) -> BusyError:
+        cure = "wait for it; give each part its own number, and start none twice"
+        return BusyError("another run writes {place}; {cure}", place=own, cure=cure)
 
     def _others(self) -> list[Path]:
         """The journals of other runs that are at work now."""
@@ -161,8 +168,7 @@ class Output:
             self._journal = os.open(own, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             self._held.callback(os.close, self._journal)
             if not hold(self._journal):
-                cure = "wait for it; give each part its own number, and start none twice"
-                raise BusyError("another run writes {place}; {cure}", place=own, cure=cure)
+                raise self._busy(own)
             if kept or self.part is None:
                 os.ftruncate(self._journal, kept or os.fstat(self._journal).st_size)
             else:

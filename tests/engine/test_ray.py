@@ -319,6 +319,13 @@ def processes_of_ray() -> list[int]:
     return found
 
 
+def parent_of(pid: int) -> int | None:
+    """The process that started a process of Ray, one for each node; None if it has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 @contextmanager
 def beside(action: Callable[[random.Random], None], draw: random.Random, pause_s: float) -> Iterator[None]:
     """Do something again and again, after pauses at random, while the block runs."""
@@ -340,11 +347,12 @@ def beside(action: Callable[[random.Random], None], draw: random.Random, pause_s
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [METHODS[2], METHODS[5]], ids=["ties", "regmean"])
 def test_processes_killed_at_random_moments_change_nothing(case: Case, nodes: TwoNodes, tmp_path: Path) -> None:
-    plan, killed = plan_of(case, tmp_path), list[int]()
+    plan, killed, nodes_at_work = plan_of(case, tmp_path), list[int](), set[int]()
     execute(plan, tmp_path / "threads", threads=2)
 
     def kill(draw: random.Random) -> None:
         if found := processes_of_ray():
+            nodes_at_work.update(parent for each in found if (parent := parent_of(each)))
             with suppress(ProcessLookupError):
                 os.kill(draw.choice(found), signal.SIGKILL)
                 killed.append(1)
@@ -356,6 +364,7 @@ def test_processes_killed_at_random_moments_change_nothing(case: Case, nodes: Tw
         assert output_of(tmp_path / f"out-{number}") == output_of(tmp_path / "threads")
         number += 1
         assert number < 200
+    assert len(nodes_at_work) == 2
 
 
 def ray_of(nodes: TwoNodes) -> Engine:

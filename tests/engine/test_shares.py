@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from shutil import rmtree
 from typing import Any
 
 import pytest
+from helpers_faults import snapshot
 from helpers_methods import Case, plan_of
 from helpers_processes import on
 from models import files_of, output_of
@@ -34,7 +37,7 @@ from mergekit_lfm.output import writer
 from mergekit_lfm.output.writer import Output, PublishedError
 from mergekit_lfm.plan.make import make_plan
 from mergekit_lfm.plan.plan import Plan
-from mergekit_lfm.store.locks import BusyError
+from mergekit_lfm.store.locks import BusyError, lock_parts
 
 CASES: list[Case] = [
     ("linear", {}),
@@ -212,6 +215,34 @@ def header_of(model: Path) -> bytes:
     """The bytes of a safetensors file before its data."""
     data = model.read_bytes()
     return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def test_runs_keep_each_other_out_where_folders_lock_for_one_machine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, whose client locks folders for its own processes: here not even for these."""
+    plan, out, lock = plan_of(CASES[0], tmp_path), tmp_path / "out", fcntl.flock
+
+    def of_files(fd: int, how: int) -> None:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_files)
+    monkeypatch.setattr(writer, "OPENING_S", 0.0)
+    output = plan.digest, plan.shards, plan.inputs, out
+    for number in (None, 1):
+        with Output(*output, part=number):
+            before = snapshot(tmp_path / "out.partial")
+            for part in (None, (1, 2)):
+                with pytest.raises(BusyError):
+                    execute(plan, out, part=part)
+            assert snapshot(tmp_path / "out.partial") == before
+    with lock_parts(tmp_path / "out.partial", 0.0), pytest.raises(BusyError):
+        shared(plan, out, (2, 2))
+    assert not shared(plan, out, (1, 2)) and shared(plan, out, (2, 2))
+    execute(plan, tmp_path / "one", threads=1)
+    assert output_of(out) == output_of(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
 def test_work_that_cannot_be_shared(tmp_path: Path) -> None:
