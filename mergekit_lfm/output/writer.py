@@ -99,7 +99,7 @@ class Output:
                 self._refuse_strangers(journal)
             others = self._keep_out(opening)
             self._refuse_strangers(journal)  # of parts only now, as another may just have made the folder
-            refuse_links(self.partial, (JOURNAL, own.name, LOCK, *(shard.name for shard in self.shards)))
+            refuse_links(self.partial, (LOCK, *(shard.name for shard in self.shards)))
             if resume:
                 self._refuse_other_work(journal)
             journal.touch()
@@ -133,7 +133,9 @@ class Output:
                 raise PublishedError
             self.partial.mkdir(parents=True, exist_ok=True)
             opening.enter_context(lock_folder(self.partial, OPENING_S))
-        others, own = self._others(), self.partial / journal_of(self.part)
+        own = self.partial / journal_of(self.part)
+        refuse_links(self.partial, (JOURNAL, own.name, *(path.name for path in part_journals(self.partial))))
+        others = self._others()
         if own.exists() and running([own]):  # of another machine, where folders lock for one alone
             raise self._busy(own)
         if others and (self.part is None or self.partial / JOURNAL in others):

@@ -84,7 +84,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "out", "out.partial is a link to elsewhere", overwrite=False)
     (tmp_path / "out.partial").unlink()
     (tmp_path / "precious").write_text("precious")
-    for name in ("merge.journal", "model.safetensors"):
+    for name in ("merge.journal", "merge.journal.2", "model.safetensors"):
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "merge.journal").touch()
         (tmp_path / "out.partial" / name).unlink(missing_ok=True)
