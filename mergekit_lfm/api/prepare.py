@@ -40,7 +40,6 @@ from mergekit_lfm.recipe.values import NamedFile
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lfm.store.files import digest_file
-from mergekit_lfm.store.hub.snapshots import check_room
 from mergekit_lfm.store.places import place_of
 from mergekit_lfm.version import versions
 from mergekit_lfm.views.patched import Patched, check_base, patched_view
@@ -116,7 +115,7 @@ def _fetch_weights(plan: Plan, progress: Progress) -> None:
     """Download the weights of the plan's models that are still on the Hub, with a notice for each."""
     snapshot = next((model.snapshot for model in plan.models if model.absent), None)
     if snapshot is not None:
-        check_room(snapshot, plan.absent)
+        snapshot.check_room(plan.absent)
     for label, model in zip(plan.labels, plan.models, strict=True):
         if absent := model.absent:
             files = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))

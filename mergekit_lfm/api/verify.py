@@ -17,7 +17,7 @@ from mergekit_lfm.store.hub import hub_name
 
 if TYPE_CHECKING:
     from mergekit_lfm.output.lock import Lock
-    from mergekit_lfm.store.hub.snapshots import Snapshot
+    from mergekit_lfm.store.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

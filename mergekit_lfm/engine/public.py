@@ -19,7 +19,7 @@ PATH = re.compile(r"(?<![\w./:~-])(~/|/[\w.-]+/)")  # of this machine, or of ano
 def names_of(plan: Plan) -> dict[str, str]:
     """The `public_names` of a plan's models and statistics files; for a model on the Hub its name and commit."""
     inputs = [*zip(plan.recipe.all_models, plan.models, strict=True)]
-    commits = {model.label: str(m.snapshot) for model, m in inputs if m.snapshot is not None}
+    commits = {model.label: m.snapshot.public for model, m in inputs if m.snapshot is not None}
     adapted = {model.label for model, _ in inputs if model.adapters}
     names = public_names(label for label in plan.source_labels if label not in adapted) | commits
     taken = {name for label, name in names.items() if label not in adapted}

@@ -41,7 +41,7 @@ from mergekit_lfm.store.hub.client import (
     translate_errors,
 )
 from mergekit_lfm.store.hub.requests import list_files
-from mergekit_lfm.store.hub.snapshots import ListedDigest, Snapshot, pull
+from mergekit_lfm.store.hub.snapshots import HubSnapshot, ListedDigest, pull
 from mergekit_lfm.version import __version__
 
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
@@ -262,7 +262,7 @@ def _read(remote: Remote, name: str) -> bytes:
     with translate_errors(remote.repo):
         path = Path(hf_hub_download(remote.repo, name, revision=remote.commit, endpoint=endpoint()))
     digests = {name: ListedDigest.of_entry(remote.files[name])}
-    Snapshot(remote.repo, str(remote.commit), path.parent, {}, digests).compare([name])
+    HubSnapshot(remote.repo, str(remote.commit), path.parent, {}, digests).compare([name])
     return read_bytes(path)
 
 
@@ -354,7 +354,7 @@ def _pull_back(remote: Remote, pushed: Iterable[str], near: Path) -> None:
     with TemporaryDirectory(prefix="pulled-", dir=near) as folder:
         copy = Path(folder)
         sizes = {name: remote.files[name].size for name in pushed}
-        pull(Snapshot(remote.repo, remote.commit, copy, sizes), copy)
+        pull(HubSnapshot(remote.repo, remote.commit, copy, sizes), copy)
         problems = [
             line for line in verify(copy, alone=False) if CARD in sizes or not line.startswith(f"{CARD} ")
         ]  # a kept one

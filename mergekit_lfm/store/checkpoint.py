@@ -37,7 +37,7 @@ from mergekit_lfm.store.weights import open_adapter_weights, open_weights
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.store.hub.snapshots import Snapshot
+    from mergekit_lfm.store.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +156,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @property
     def absent(self) -> dict[str, int]:
-        """The files whose data are still on the Hub, and their sizes in bytes."""
+        """The files whose data are still to be brought into the cache, and their sizes in bytes."""
         return {file.name: file.nbytes for file in self.files if file.absent}
 
     def fetch(self, progress: Progress = SILENCE) -> None:
-        """Download the files whose data are still on the Hub. Raises as `Snapshot.fetch` does."""
+        """Bring the files into the cache whose data are elsewhere. Raises as `Snapshot.fetch` does."""
         if self.snapshot is not None and self.absent:
             self.snapshot.fetch(list(self.absent), progress)
 
@@ -174,6 +174,19 @@ class Checkpoint(Mapping[str, TensorSpec]):
         if len(result):
             self.read_into(name, start, bytes_of(result))
         return result
+
+    def stream(self, most: int) -> None:
+        """Read files that are elsewhere by ranges from now on, instead of bringing them into the cache.
+
+        most: bytes to keep of what was read and is read ahead.
+        """
+        absent = [file for file in self.files if file.absent]
+        if absent and self.snapshot is not None:
+            from mergekit_lfm.store.ranges import RangeReader
+
+            reader = RangeReader(self.snapshot, [file.name for file in absent], most)
+            for file in absent:
+                file.ranges = reader
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -279,7 +292,7 @@ class StoredCheckpoint(Checkpoint):
 
     @property
     def resident(self) -> int:
-        return 0
+        return sum(reader.resident for reader in {file.ranges for file in self.files} if reader is not None)
 
     @cached_property
     def identity(self) -> list[dict[str, Any]]:

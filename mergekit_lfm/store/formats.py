@@ -22,7 +22,8 @@ from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec, parse_header, read_
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lfm.store.hub.snapshots import Snapshot
+    from mergekit_lfm.store.ranges import RangeReader
+    from mergekit_lfm.store.snapshot import Snapshot
 
 ARCHIVES = (".bin", ".pt", ".pth", ".ckpt")  # for files that are of no known kind
 _WARNINGS = Lock()  # Python's filters of warnings are the process's
@@ -46,6 +47,7 @@ class WeightFile:
     ) -> None:
         self.path, self.tensors, self.data_start, self.snapshot = path, tensors, data_start, snapshot
         self.address, self.beside = "", tuple[str, ...]()
+        self.ranges: RangeReader | None = None  # reads its data from where it is, once that was asked for
         self._lock, self._fd = Lock(), -1
         self._state: FileState | None = None
         self._header_unchecked = snapshot is not None and not path.exists()
@@ -73,20 +75,20 @@ class WeightFile:
 
     @property
     def absent(self) -> bool:
-        """True if its data are still on the Hub."""
-        return self.snapshot is not None and not self.path.exists()
+        """True if its data are still to be brought into the cache."""
+        return self.snapshot is not None and self.ranges is None and not self.path.exists()
 
     @property
     def state(self) -> FileState | None:
-        """Its state on the disk when it was first seen there; None while it is on the Hub."""
-        if self._state is None and not self.absent:
+        """Its state on the disk when it was first seen there; None while it is elsewhere."""
+        if self._state is None and self.ranges is None and not self.absent:
             self._state = state_of(self.path)
         return self._state
 
     def fileno(self) -> int:
-        """A descriptor open for reading, closed with this object. Downloads a file that is still on the Hub.
+        """A descriptor open for reading, closed with this object. Downloads a file that is still elsewhere.
 
-        Raises FormatError if the file changed since it was opened, or differs from its header as read on the Hub.
+        Raises FormatError if the file changed since it was opened, or differs from its header as read there.
         """
         with self._lock:
             if self._fd < 0:
@@ -94,7 +96,7 @@ class WeightFile:
                     self.snapshot.fetch([self.name])
                 if self._header_unchecked and read_header(self.path).tensors != self.tensors:
                     raise FormatError(
-                        f"{self.path}: the Hub sent another header when the merge was planned; run the command again"
+                        f"{self.path}: another header was sent when the merge was planned; run the command again"
                     )
                 fd = open_regular(self.path)
                 found = state_of(self.path, fd)
@@ -106,13 +108,19 @@ class WeightFile:
             return self._fd
 
     def offset(self, name: str) -> int | None:
-        """The offset of the tensor's bytes in the file; None if they are not a range of it."""
-        return self.tensors[name][1]
+        """The offset of the tensor's bytes in the file; None if they are not a range of a file that is here."""
+        return self.tensors[name][1] if self.ranges is None else None
 
     def read_into(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from element `start` on: whole elements."""
         spec, offset = self.tensors[name]
-        read_exactly(self.fileno(), offset + start * ITEMSIZE[spec.dtype], into, self.path)
+        self._read(offset + start * ITEMSIZE[spec.dtype], into)
+
+    def _read(self, offset: int, into: memoryview) -> None:
+        if self.ranges is None:
+            read_exactly(self.fileno(), offset, into, self.path)
+        else:
+            self.ranges.read_into(self.name, offset, into)
 
     def read_all_into(self, names: Iterable[str], into: memoryview) -> int:
         """Fill the first bytes of `into` with whole tensors, those side by side in the file at once; their number."""
@@ -125,7 +133,7 @@ class WeightFile:
             runs[-1][1] = stop = offset + spec.nbytes
         done = 0
         for begin, end in runs:
-            read_exactly(self.fileno(), begin, into[done : done + end - begin], self.path)
+            self._read(begin, into[done : done + end - begin])
             done += end - begin
         return done
 

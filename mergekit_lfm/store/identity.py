@@ -28,7 +28,7 @@ def identity_of(file: WeightFile) -> dict[str, Any]:
     """Data that distinguish a file without reading tensors: a digest of the header, size, and commit on the Hub."""
     header = json.dumps([[str(spec), offset] for spec, offset in file.tensors.values()])
     digest = xxhash.xxh3_128_hexdigest(header.encode())
-    commit = {} if file.snapshot is None else {"commit": str(file.snapshot)}
+    commit = {} if file.snapshot is None else {"commit": file.snapshot.public}
     return {"file": file.path.name, "header_xxh3": digest, "nbytes": file.nbytes, **commit}
 
 

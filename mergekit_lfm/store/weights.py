@@ -24,7 +24,7 @@ from mergekit_lfm.store.formats import WeightFile, open_weight_files
 from mergekit_lfm.store.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from mergekit_lfm.store.hub.snapshots import Snapshot
+    from mergekit_lfm.store.snapshot import Snapshot
 
 
 @dataclass

@@ -113,6 +113,10 @@ class View(Checkpoint):
         for inner in self.inners:
             inner.fetch(progress)
 
+    def stream(self, most: int) -> None:
+        for inner in self.inners:
+            inner.stream(most)
+
     @property
     def absent(self) -> dict[str, int]:
         one = len(self.inners) == 1

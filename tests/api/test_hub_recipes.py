@@ -335,7 +335,7 @@ def test_licenses_that_differ_are_for_a_human_to_judge(models: HubServer, folder
 def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(
     models: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lfm.store.hub.snapshots.free_space", lambda _: 150_000)  # one of them would fit
+    monkeypatch.setattr("mergekit_lfm.store.snapshot.free_space", lambda _: 150_000)  # one of them would fit
     with pytest.raises(PlanError, match="make room"):
         merge("recipe.yaml", "out")
     assert [r for r in models.requests if r.path.startswith("/blob/") and r.status == 200] == []
@@ -387,7 +387,7 @@ def test_mergekits_revision_is_read() -> None:
 
 
 def test_a_full_disk_is_noticed_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_lfm.store.hub.snapshots.free_space", lambda _: 1000)
+    monkeypatch.setattr("mergekit_lfm.store.snapshot.free_space", lambda _: 1000)
     with pytest.raises(PlanError, match=r"need .* GB more in the cache of the Hub, .*make room, or set HF_HOME"):
         merge("recipe.yaml", "out")
     assert list(folder.glob("out*")) == []

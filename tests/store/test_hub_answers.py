@@ -15,7 +15,8 @@ from hub_store import git_oid
 from mergekit_lfm import merge, open_checkpoint
 from mergekit_lfm.errors import FormatError
 from mergekit_lfm.store.hub import requests
-from mergekit_lfm.store.hub.snapshots import FIRST_RANGE, Snapshot
+from mergekit_lfm.store.hub.snapshots import HubSnapshot
+from mergekit_lfm.store.snapshot import FIRST_RANGE
 
 WEIGHTS = "model.safetensors"
 
@@ -44,9 +45,9 @@ def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def snapshot_of(model: str) -> Snapshot:
+def snapshot_of(model: str) -> HubSnapshot:
     found = open_checkpoint(model).snapshot
-    assert found is not None
+    assert isinstance(found, HubSnapshot)
     return found
 
 
@@ -115,13 +116,13 @@ def test_a_header_that_is_not_the_one_of_the_file_is_refused(hub: HubServer) -> 
     range_of = {"Content-Range": f"bytes 0-{asked - 1}/{len(data)}"}
     hub.fault("GET", "/blob/", status=206, headers=range_of, body=swapped[:asked], times=1)
     model = open_checkpoint("org/a")
-    with pytest.raises(FormatError, match="the Hub sent another header when the merge was planned"):
+    with pytest.raises(FormatError, match="another header was sent when the merge was planned"):
         model.read(next(iter(model)))
     assert len(open_checkpoint("org/a").read(next(iter(model)))) > 0
 
 
 def test_a_server_without_ranges_makes_planning_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_lfm.store.hub.snapshots.FIRST_RANGE", 100)
+    monkeypatch.setattr("mergekit_lfm.store.snapshot.FIRST_RANGE", 100)
     data = hub.files("org/a")[WEIGHTS]
     hub.fault("GET", "/blob/", status=200, body=data, times=None)
     model = open_checkpoint("org/a")

@@ -71,19 +71,19 @@ def _as_file(entry: Any) -> RepoFile | None:
     return file
 
 
-def read_start(about: str, url: str, nbytes: int, size: int) -> bytes | None:
-    """The first `nbytes` of a file of `size` bytes; None if its server does not answer requests for a range.
+def request_range(about: str, url: str, start: int, stop: int, size: int) -> bytes | None:
+    """The bytes `start` to `stop` of a file of `size` bytes; None if its server does not answer requests for a range.
 
     Raises ConnectionError if the answer is another range.
     """
-    status, headers, data = _get(url, nbytes, {"Range": f"bytes=0-{nbytes - 1}"})
-    if status != 206 and size > nbytes:
+    status, headers, data = _get(url, stop - start, {"Range": f"bytes={start}-{stop - 1}"})
+    if status != 206 and size > stop - start:
         return None
-    asked, got = f"bytes 0-{nbytes - 1}/{size}", headers.get("content-range")
+    asked, got = f"bytes {start}-{stop - 1}/{size}", headers.get("content-range")
     if status == 206 and got != asked:
         raise _unusable(about, f"has the range {got!r}, expected {asked!r}")
-    if len(data) != nbytes:
-        raise _unusable(about, f"has {len(data):,} bytes, expected {nbytes:,}")
+    if len(data) != stop - start:
+        raise _unusable(about, f"has {len(data):,} bytes, expected {stop - start:,}")
     return data
 
 

@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
 
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.store.files import open_file
 from mergekit_lfm.store.hub.arrivals import count_arrivals
 from mergekit_lfm.store.hub.client import (
@@ -33,11 +32,10 @@ from mergekit_lfm.store.hub.client import (
     translate_errors,
 )
 from mergekit_lfm.store.hub.names import HubName
-from mergekit_lfm.store.hub.requests import list_files, read_start
-from mergekit_lfm.store.tensors import MAX_HEADER
+from mergekit_lfm.store.hub.requests import list_files, request_range
+from mergekit_lfm.store.snapshot import Snapshot
 
 TAKES_LONG = 20_000_000  # bytes; larger downloads show their progress
-FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter
 AT_PLANNING = ("config.json", "adapter_config.json", "modules.json", "*.index.json", "README.md")
 
 
@@ -60,13 +58,10 @@ class ListedDigest:
             return hashlib.file_digest(file, lambda: hashlib.new(self.kind, start)).hexdigest()
 
 
+@final
 @dataclass(frozen=True)
-class Snapshot:
-    """A repository at one commit. folder: the present or future folder of its files in the cache; sizes: in bytes.
-
-    digests: as the Hub lists them, {} if it was not asked. listed: True if `sizes` has the files on the Hub; else
-    it has those in the cache.
-    """
+class HubSnapshot(Snapshot):
+    """A repository at one commit. digests: as the Hub lists them, {} if it was not asked."""
 
     repo: str
     commit: str
@@ -78,16 +73,11 @@ class Snapshot:
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}"
 
-    def lacking(self, names: Iterable[str]) -> list[str]:
-        """The files among `names` that are not in the cache."""
-        return [name for name in names if not (self.folder / name).exists()]
+    @property
+    def cache(self) -> tuple[str, Path, str]:
+        return "the cache of the Hub", self.folder.parents[2], "HF_HOME"
 
     def fetch(self, names: Collection[str], progress: Progress = SILENCE) -> None:
-        """Download the files that are not in the cache, several at a time. A terminal has the client's own bars.
-
-        Raises PlanError if the Hub refuses, is offline or the disk is full, ConnectionError if the connection fails,
-        FormatError if a file is not the one that the Hub lists; then it is removed from the cache.
-        """
         lacking = self.lacking(names)
         if not lacking:
             return
@@ -97,7 +87,7 @@ class Snapshot:
                 "downloads: unset it"
             )
         needed = sum(self.sizes.get(name, 0) for name in lacking)
-        check_room(self, needed)
+        self.check_room(needed)
         with hide_progress_bars() if needed < TAKES_LONG else self._show_arrivals(needed, progress):
             _download(self.repo, self.commit, lacking)
         if still := self.lacking(lacking):
@@ -125,42 +115,33 @@ class Snapshot:
                     "to it changes files"
                 )
 
-    def head(self, name: str) -> tuple[bytes, int]:
-        """The bytes of a safetensors file up to its data (if not a header, the first ones), and the file's size."""
-        size = self.sizes[name]
-        data = self._start(name, min(size, FIRST_RANGE))
-        length = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < length <= min(size, MAX_HEADER + 8):
-            data = self._start(name, length)
-        return data, size
-
-    def _start(self, name: str, nbytes: int) -> bytes:
+    def read_start(self, name: str, nbytes: int) -> bytes:
         """The first bytes of a file; it is downloaded if its server does not answer requests for a range."""
         if not nbytes:
             return b""
         path = self.folder / name
         if not path.exists():
-            url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
-            with translate_errors(str(self)):
-                data = read_start(f"{self}: {name}", url, nbytes, self.sizes[name])
+            data = self._request(name, 0, nbytes)
             if data is not None:
                 return data
             self.fetch([name])
         with open_file(path) as file:
             return file.read(nbytes)
 
+    def read_range(self, name: str, start: int, stop: int) -> memoryview:
+        data = self._request(name, start, stop)
+        if data is None:
+            sentence = "{place}: its server does not answer requests for a range of bytes; {cure}"
+            raise PlanError(sentence, place=f"{self}: {name}", cure="leave --stream-inputs out")
+        return memoryview(data)
 
-def check_room(snapshot: Snapshot, nbytes: int) -> None:
-    """Raises PlanError if the disk of the snapshot's cache has no room for `nbytes`."""
-    free = free_space(snapshot.folder)
-    if nbytes > free:
-        raise PlanError(
-            f"the models need {nbytes / 1e9:,.3g} GB more in the cache of the Hub, {snapshot.folder.parents[2]}, where "
-            f"{free / 1e9:,.3g} GB are free; make room, or set HF_HOME to another disk"
-        )
+    def _request(self, name: str, start: int, stop: int) -> bytes | None:
+        url = hf_hub_url(self.repo, name, revision=self.commit, endpoint=endpoint())
+        with translate_errors(str(self)):
+            return request_range(f"{self}: {name}", url, start, stop, self.sizes[name])
 
 
-def find_snapshot(name: HubName) -> Snapshot:
+def find_snapshot(name: HubName) -> HubSnapshot:
     """The model at the current commit of its revision, with its configs and its card in the cache.
 
     With HF_HUB_OFFLINE, the commit and the files downloaded before. Raises the errors of `Snapshot.fetch`.
@@ -172,7 +153,7 @@ def find_snapshot(name: HubName) -> Snapshot:
             folder = _fetch_for_planning(name.repo, commit)
             paths = (path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-            return Snapshot(name.repo, commit, folder, sizes, listed=False)
+            return HubSnapshot(name.repo, commit, folder, sizes, listed=False)
         if commit != name.revision:  # if the Hub fails to answer, the client returns its previous answer
             commit = str(api().model_info(name.repo, revision=name.revision).sha)
         files = list_files(name.repo, commit)
@@ -183,7 +164,7 @@ def find_snapshot(name: HubName) -> Snapshot:
     digests = {
         path: digest for path, digest in listed.items() if digest.value.strip("0")
     }  # git's null id stands for no digest
-    snapshot = Snapshot(name.repo, commit, folder, sizes, digests)
+    snapshot = HubSnapshot(name.repo, commit, folder, sizes, digests)
     snapshot.compare(new)
     return snapshot
 
@@ -203,7 +184,7 @@ def _fetch_for_planning(repo: str, commit: str) -> Path:
         return Path(_download(repo, commit, [name for name in AT_PLANNING if not (offline() and name == "README.md")]))
 
 
-def pull(snapshot: Snapshot, folder: Path) -> None:
+def pull(snapshot: HubSnapshot, folder: Path) -> None:
     """Download every file of the model into a separate folder, bypassing the cache."""
     _download(snapshot.repo, snapshot.commit, list(snapshot.sizes), local_dir=folder, force_download=True)
 
