@@ -119,7 +119,8 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.init import init_recipe
     from mergekit_lfm.api.inspect import inspect_file
     from mergekit_lfm.api.judge import evaluate_models, measure_barrier, repair_model
-    from mergekit_lfm.api.merge import merge, plan_merge
+    from mergekit_lfm.api.merge import merge
+    from mergekit_lfm.api.merge_plans import plan_merge
     from mergekit_lfm.api.meta import meta_train
     from mergekit_lfm.api.meta_teachers import meta_from_teachers
     from mergekit_lfm.api.offsite import emulate_model, plug_in_ends
@@ -225,7 +226,7 @@ _HOMES = {
     "patched_view": "views.patched",
     "perplexity": "judge.evaluate",
     "plan_adapters": "api.adapter_plans",
-    "plan_merge": "api.merge",
+    "plan_merge": "api.merge_plans",
     "plan_recipe": "api.recipes",
     "plug_in_ends": "api.offsite",
     "push": "api.push",

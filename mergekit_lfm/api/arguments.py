@@ -9,7 +9,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.sizes import parse_size
 from mergekit_lfm.recipe.files import is_adapted, with_folders
-from mergekit_lfm.store.hub import hub_name, nearest_name
+from mergekit_lfm.store.elsewhere import name_elsewhere, nearest
 
 StrPath = str | PathLike[str]
 
@@ -28,19 +28,19 @@ def expand(path: StrPath, label: str = "output") -> Path:
 
 
 def model_folder(model: StrPath, progress: Progress = SILENCE) -> Path:
-    """The folder of a model; one that is on the Hub is downloaded to the cache.
+    """The folder of a model; one that is elsewhere is downloaded to the cache.
 
-    A folder wins over a model on the Hub with the same name. For a text MODEL+ADAPTER the result is such a text, with
-    folders. Raises ConnectionError if the Hub cannot be reached.
+    A folder wins over a model on the Hub of the same name. For a text MODEL+ADAPTER the result is such a text, with
+    folders. Raises ConnectionError if the Hub, or the bucket, cannot be reached.
     """
     if is_adapted(model):
         from mergekit_lfm.store.sidecars import download
 
         return Path(with_folders(str(model), lambda name, adapter: download(name, progress, adapter=adapter)))
     folder = expand(model, "model")
-    name = None if folder.exists() else hub_name(str(model))
+    name = None if folder.exists() else name_elsewhere(str(model))
     if name is None:
-        hint = "" if folder.exists() else nearest_name(str(model))
+        hint = "" if folder.exists() else nearest(str(model))
         if hint and "/" in str(model):
             raise PlanError(f"found {str(model)!r}, but there is no such folder{hint}")
         return folder

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
+from mergekit_lfm.machine.resources import default_memory
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import PlannedMerge
     from mergekit_lfm.engine.sites import Engine
+    from mergekit_lfm.plan.plan import Plan
     from mergekit_lfm.recipe.recipe import Recipe
 
 Name = Literal["threads", "ray"]
@@ -102,6 +104,12 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
         if "recipe" in found[0]:
             cure = f"make its models first, by recipes of their own, and name them here; or {cure}"
         raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)
+
+
+def stream_models(plan: Plan, memory: int | None) -> None:
+    """Have the plan's models that are elsewhere read by ranges, in at most an eighth of the memory."""
+    for model in plan.models:
+        model.stream((memory or default_memory()) // (8 * len(plan.models)))
 
 
 def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:

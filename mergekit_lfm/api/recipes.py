@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lfm.api.jobs import Job, find_job
-from mergekit_lfm.api.merge import (
-    RecipeLike,
-    merge,
-    need_output,
-    output_of,
-    plan_merge,
-    plan_stage,
-    run_planned,
-    run_stages,
-)
+from mergekit_lfm.api.merge import merge, run_planned, run_stages
+from mergekit_lfm.api.merge_plans import RecipeLike, need_output, output_of, plan_merge, plan_stage
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.planned import Planned, PlannedJob, PlannedMerge, plan_job
 from mergekit_lfm.api.stages import in_stage, plan_stages
@@ -39,6 +31,7 @@ WORK: Mapping[str, Any] = {
     "engine": "threads",
     "ray_address": None,
     "part": None,
+    "stream_inputs": False,
     "progress": SILENCE,
 }
 PLANNING = ("max_shard_size", "seed", "heads", "device", "card", "allow_unknown")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand
-from mergekit_lfm.api.merge import RecipeLike, plan_merge
+from mergekit_lfm.api.merge_plans import RecipeLike, plan_merge
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.planned import PlannedMerge, Stages
 from mergekit_lfm.errors import FormatError, PlanError

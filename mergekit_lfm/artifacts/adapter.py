@@ -20,9 +20,9 @@ from mergekit_lfm.artifacts.attachment import refuse_attachment
 from mergekit_lfm.artifacts.patterns import Patterns
 from mergekit_lfm.errors import FormatError, shorten
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.elsewhere import Elsewhere
 from mergekit_lfm.store.files import read_json
 from mergekit_lfm.store.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.tensors import FLOATS, TensorSpec, read_header
 
 # The tensors of an adapter for one module, by PEFT's names; each also has an end, `.weight` or `.bias`, or none.
@@ -119,7 +119,7 @@ class Adapter:
         return _effective(self.config)
 
 
-def open_adapter(source: Path | HubName, label: str | None = None) -> Adapter:
+def open_adapter(source: Path | Elsewhere, label: str | None = None) -> Adapter:
     """The adapter in a folder, in a file, or on the Hub. Raises FormatError if it is damaged or of no known form."""
     label = str(source) if label is None else label
     refuse_attachment(source, label)

@@ -85,6 +85,11 @@ Examples:
     help="Do part I of N, each a run of its own; the last to end completes OUT. 1/1 does all of it. [default: as "
     "torchrun or srun say to the processes that they start]",
 )
+@click.option(
+    "--stream-inputs",
+    is_flag=True,
+    help="Read models on the Hub and in buckets by ranges, a part at a time, instead of downloading them first.",
+)
 @click.option("--drop-stages", is_flag=True, help="Remove the results of the recipe's earlier stages at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @options.output
@@ -110,6 +115,7 @@ def merge(
     engine: str,
     ray_address: str | None,
     partition: tuple[int, int] | None,
+    stream_inputs: bool,
     drop_stages: bool,
     dry_run: bool,
     verbose: bool,
@@ -117,14 +123,14 @@ def merge(
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
-    Models are folders, or on the Hub: org/name, org/name@revision. RECIPE is a file, or - for standard input. OUT is a
-    new folder; by default the recipe's `output`, else merged/ and the recipe's name. A run that was interrupted goes on
-    where it stopped when the same command is given again. A recipe of several documents is carried out stage by
-    stage; their results stay in OUT.stages, where the next run takes those that have not changed. A stage with `job`
-    makes an adapter: `adapters` merges several to one, `extract` takes one from a fine-tuned model. Sizes are 500MB,
-    5GB (5e9 bytes), 3GiB, or a number of bytes.
+    Models are folders, or on the Hub: org/name, org/name@revision, or in a bucket: s3://bucket/path (gs://, az://).
+    RECIPE is a file, or - for standard input. OUT is a new folder; by default the recipe's `output`, else merged/ and
+    the recipe's name. A run that was interrupted goes on where it stopped when the same command is given again. A
+    recipe of several documents is carried out stage by stage; their results stay in OUT.stages, where the next run
+    takes those that have not changed. A stage with `job` makes an adapter: `adapters` merges several to one, `extract`
+    takes one from a fine-tuned model. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
     """
-    from mergekit_lfm.api.engines import check_engine
+    from mergekit_lfm.api.engines import check_engine, stream_models
     from mergekit_lfm.api.planned import PlannedJob
     from mergekit_lfm.api.recipes import plan_recipe, run_recipe
     from mergekit_lfm.commands.show.terminal import tell
@@ -138,6 +144,8 @@ def merge(
         paths = planned.plan.request.paths.values() if isinstance(planned, PlannedJob) else planned.plan.paths
         console.keep_apart([planned.out, *paths])
         _need_push(planned, private=private, verify=pull_back)
+        if stream_inputs and not isinstance(planned, PlannedJob):
+            stream_models(planned.plan, memory)
         if dry_run:
             show_plan(console, planned, memory, threads, verbose)
         if verbose:
@@ -145,6 +153,7 @@ def merge(
         how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
         how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
         how |= {"drop_stages": drop_stages, "engine": engine, "ray_address": ray_address, "progress": console.progress}
+        how["stream_inputs"] = stream_inputs
         how |= _part_of(console, planned, partition, threads, engine)
         digest = None if isinstance(planned, PlannedJob) else planned.plan.digest
         with going_on_later(planned.out, digest):

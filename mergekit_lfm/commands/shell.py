@@ -22,7 +22,7 @@ from mergekit_lfm.commands.show.terminal import drop
 from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.machine.resources import explain_thread_limit
 from mergekit_lfm.machine.sizes import parse_size
-from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
+from mergekit_lfm.store.elsewhere import Elsewhere, name_elsewhere, nearest
 
 # The cures of errors of the disk and the system, by their numbers.
 CURES = {
@@ -177,28 +177,28 @@ def _os_parts(error: OSError) -> dict[str, str]:
 
 
 class ModelFolder(click.ParamType):  # type: ignore[type-arg]
-    """A model's folder; or a model on the Hub, org/name or org/name@revision, which the command gets as a folder.
+    """A model's folder; or a model on the Hub or in a bucket, which the command gets as a folder.
 
-    With adapters, MODEL+ADAPTER, the command gets such a text, with folders in place of names on the Hub.
+    With adapters, MODEL+ADAPTER, the command gets such a text, with folders in place of names elsewhere.
     """
 
     name = "model"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | HubName:
-        """The folder; if it does not exist, the model's name on the Hub."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Elsewhere:
+        """The folder; if it does not exist, the model's name elsewhere."""
         folder = Path(value)
-        if folder.exists() or (name := hub_name(str(value))) is None:
+        if folder.exists() or (name := name_elsewhere(str(value))) is None:
             if "://" in str(value):  # a path would lose one of the slashes
-                self.fail(f"found {str(value)!r}, but there is no such folder{nearest_name(str(value))}", param, ctx)
+                self.fail(f"found {str(value)!r}, but there is no such folder{nearest(str(value))}", param, ctx)
             return folder
         return name
 
 
 def _download(value: Any, console: Console) -> Any:
-    """The value, or values, of a parameter, with folders in place of models on the Hub."""
+    """The value, or values, of a parameter, with folders in place of models elsewhere."""
     if isinstance(value, tuple):
         return tuple(_download(each, console) for each in value)
-    if not isinstance(value, HubName) and "+" not in str(value):
+    if not isinstance(value, Elsewhere) and "+" not in str(value):
         return value
     from mergekit_lfm.api.arguments import model_folder
 

@@ -12,6 +12,7 @@ from mergekit_lfm.artifacts.attachment import refuse_attachment
 from mergekit_lfm.errors import PlanError, several
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.elsewhere import Elsewhere
 from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.views.adapted import adapt
 from mergekit_lfm.views.experts import regroup
@@ -35,7 +36,7 @@ def open_stored(recipe: Recipe) -> dict[str, Checkpoint]:
 
 def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
     """The recipe's `all_models` as they are stored, by label. Raises one PlanError about all missing on the Hub."""
-    checkpoints: dict[Path | HubName, Checkpoint] = {}
+    checkpoints: dict[Path | Elsewhere, Checkpoint] = {}
     problems = []
     for model in recipe.all_models:
         refuse_attachment(model.source, model.label)
@@ -48,7 +49,7 @@ def _open_files(recipe: Recipe) -> dict[str, Checkpoint]:
             problems.append(str(error))
     if problems:
         raise PlanError(several("models of the recipe are not available", problems))
-    names: dict[str, Path | HubName] = {}
+    names: dict[str, Path | Elsewhere] = {}
     for source, checkpoint in checkpoints.items():
         other = names.setdefault(str(checkpoint.snapshot), source) if checkpoint.snapshot is not None else source
         if other != source:

@@ -21,7 +21,7 @@ from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
 from mergekit_lfm.recipe.requirements import unset_parameters
 from mergekit_lfm.recipe.roles import read_scope, read_settings
 from mergekit_lfm.recipe.values import Rule, as_data, find_rule, value_of
-from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.elsewhere import Elsewhere
 
 JOB = "adapters"
 SPACES = ("product", "knots", "core")
@@ -63,7 +63,7 @@ class AdapterRecipe(JobForm):
 
     _part: Part = PrivateAttr()
     _lines: tuple[Line, ...] = PrivateAttr()
-    _base: Path | HubName | None = PrivateAttr(default=None)
+    _base: Path | Elsewhere | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -128,7 +128,7 @@ class AdapterRecipe(JobForm):
         return self._lines
 
     @property
-    def base(self) -> Path | HubName | None:
+    def base(self) -> Path | Elsewhere | None:
         """The model that saved tensors were trained from, if the recipe names it."""
         return self._base
 
@@ -160,12 +160,12 @@ def merges_changes(method: Method) -> bool:
     return method.statistics is None and (method.base in ("required", "optional") or method.name == "linear")
 
 
-def _find_adapter(ref: str, where: Where) -> Path | HubName:
-    """The adapter's folder, file or name on the Hub, or the result of a stage. Raises ValueError."""
+def _find_adapter(ref: str, where: Where) -> Path | Elsewhere:
+    """The adapter's folder, file or name elsewhere, or the result of a stage. Raises ValueError."""
     return where.stages[ref] if ref in where.stages else find_model(ref, where.folder)
 
 
-def _find_base(ref: str, where: Where) -> Path | HubName:
+def _find_base(ref: str, where: Where) -> Path | Elsewhere:
     found = find_reference(ref, where)
     if found.adapters:
         raise PlanError(f"found {ref!r}, a model with adapters, expected the model that they were trained from")

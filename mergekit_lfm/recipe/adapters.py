@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.elsewhere import Elsewhere
 
 PLUS, TIMES = "+", "*"
 # Of an adapter, and of its own scale: the root of the largest float32, so that one times the other is in its range.
@@ -23,7 +23,7 @@ class AdapterRef:
     """An adapter that a model is read with: as written, where it is, and the share of what it does."""
 
     ref: str
-    source: Path | HubName
+    source: Path | Elsewhere
     scale: float = 1.0
 
 

@@ -12,8 +12,9 @@ from mergekit_lfm.errors import Refusal
 from mergekit_lfm.recipe.adapters import LARGEST_SHARE, PLUS, AdapterRef, join_reference, model_of, split_reference
 from mergekit_lfm.recipe.problems import Problem, attempt
 from mergekit_lfm.recipe.values import NamedFile
+from mergekit_lfm.store import elsewhere
+from mergekit_lfm.store.elsewhere import Elsewhere
 from mergekit_lfm.store.folder import split_address
-from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 
 EXPECTED = "expected {expected}"
 
@@ -31,7 +32,7 @@ class FoundModel:
     """A model that a text names, where it is, and the adapters that it is read with."""
 
     ref: str
-    source: Path | HubName
+    source: Path | Elsewhere
     adapters: tuple[AdapterRef, ...] = ()
 
     @property
@@ -53,7 +54,7 @@ def find_reference(text: str, where: Where) -> FoundModel:
         raise Refusal("the share of {found} is above {most:g}; choose another", found=repr(large), most=LARGEST_SHARE)
     short = join_reference(model, adapters)
 
-    def find(ref: str) -> Path | HubName:
+    def find(ref: str) -> Path | Elsewhere:
         return where.stages[ref] if ref in where.stages else find_model(ref, where.folder)
 
     found = tuple(AdapterRef(ref, find(ref), scale) for ref, scale in adapters)
@@ -74,8 +75,8 @@ def paths_in(text: str | PathLike[str]) -> list[Path]:
     return [source for source in sources if isinstance(source, Path)]
 
 
-def with_folders(text: str, folder_of: Callable[[HubName, bool], Path]) -> str:
-    """A text MODEL+ADAPTER with folders in place of what is on the Hub. folder_of: a name's, True for an adapter."""
+def with_folders(text: str, folder_of: Callable[[Elsewhere, bool], Path]) -> str:
+    """A text MODEL+ADAPTER with folders in place of what is elsewhere. folder_of: a name's, True for an adapter."""
     model, adapters = split_reference(text, partial(_exists, where=None))
 
     def local(ref: str, adapter: bool) -> str:
@@ -94,18 +95,17 @@ def _exists(ref: str, where: Path | None) -> bool:
     return True
 
 
-def find_model(ref: str, where: Path | None) -> Path | HubName:
-    """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name on the Hub.
+def find_model(ref: str, where: Path | None) -> Path | Elsewhere:
+    """The absolute path of model `ref`, relative to `where`, else to the working directory, else its name elsewhere.
 
-    Raises ValueError, naming both folders, for any other name. Does not ask the Hub.
+    Raises ValueError, naming both folders, for any other name. Asks no server.
     """
-    expected = "a folder, or a model on the Hub as org/name or org/name@revision"
     try:
-        return _find(ref, where, EXPECTED, expected=expected)
+        return _find(ref, where, EXPECTED, expected=elsewhere.EXPECTED)
     except Refusal as error:
-        name = hub_name(ref)
+        name = elsewhere.name_elsewhere(ref)
         if name is None:
-            nearest = nearest_name(ref)
+            nearest = elsewhere.nearest(ref)
             parts = {"cure": nearest.removeprefix("; "), **error.parts}
             raise Refusal("{text}{nearest}", text=error, nearest=nearest, **parts) from None
         return name

@@ -20,7 +20,7 @@ from mergekit_lfm.recipe.edit import EditRequest
 from mergekit_lfm.recipe.problems import Problem
 from mergekit_lfm.recipe.rename import RenameRule
 from mergekit_lfm.recipe.values import NamedFile, Setting, find_rule, value_of
-from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.elsewhere import Elsewhere
 
 Edit = NamedFile | EditRequest
 Layer = tuple[int, int]  # index and count
@@ -30,7 +30,7 @@ Layer = tuple[int, int]  # index and count
 class Input:
     """A model of a recipe: `ref` as written, its `source`, and a `label` unique in the recipe.
 
-    source: the absolute path of its folder, or its name on the Hub. adapters: those that it is read with. rename: new
+    source: the absolute path of its folder, or its name elsewhere. adapters: those that it is read with. rename: new
     names for its tensors, which all else sees. align: the transform file that rewrites it before the merge, or the
     request to find one. edits: patch files that change it before the merge, or requests to make one. These are the
     model; the rest is of its line in the recipe. place: of the line, in messages. settings: its own. layers: of a
@@ -38,7 +38,7 @@ class Input:
     """
 
     ref: str
-    source: Path | HubName
+    source: Path | Elsewhere
     label: str
     adapters: tuple[AdapterRef, ...] = ()
     align: NamedFile | AlignRequest | None = None

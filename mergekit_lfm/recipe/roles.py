@@ -22,7 +22,7 @@ from mergekit_lfm.recipe.parts import Edit, Input, Part, Scope, Slice
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at
 from mergekit_lfm.recipe.rename import RenameRule, read_rename
 from mergekit_lfm.recipe.values import NamedFile, Setting, read_setting
-from mergekit_lfm.store.hub import HubName
+from mergekit_lfm.store.elsewhere import Elsewhere
 
 # Parameters of mergekit that never change a result.
 _WITHOUT_EFFECT = {"int8_mask": "masks take no memory to speak of"}
@@ -246,7 +246,7 @@ def _name_model(named: Input, base: Input | None, before: Sequence[Input], *, ap
     return replace(named, label=next(label for label in (ref, *copies) if label not in labels))
 
 
-def _applied(model: Input) -> list[tuple[Path | HubName, float]]:
+def _applied(model: Input) -> list[tuple[Path | Elsewhere, float]]:
     """The adapters of a model and their scales, in the order in which they are applied."""
     return [(adapter.source, adapter.scale) for adapter in model.adapters]
 

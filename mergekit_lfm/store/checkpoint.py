@@ -2,8 +2,8 @@
 
 `Checkpoint` is the interface; `StoredCheckpoint` is a folder as transformers writes it, or one file. Opening it reads
 headers only; the data are read by position into the caller's buffers, never mapped, so that a memory budget is a
-promise. Nothing is ever written to a checkpoint. For a model on the Hub the headers are read there; its files are
-downloaded when their data are read.
+promise. Nothing is ever written to a checkpoint. For a model on the Hub or in a bucket the headers are read there; its
+files are downloaded when their data are read, or read by ranges.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, final
 
 import xxhash
 
-from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import cache_folder, default_threads
 from mergekit_lfm.store.durable import replace_file
+from mergekit_lfm.store.elsewhere import Elsewhere, find_elsewhere, name_elsewhere, nearest
 from mergekit_lfm.store.folder import read_config, split_address
 from mergekit_lfm.store.formats import WeightFile, bytes_of
-from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
 from mergekit_lfm.store.identity import content_digest, identity_of, state_digest
 from mergekit_lfm.store.tensors import ITEMSIZE, TensorSpec
 from mergekit_lfm.store.weights import open_adapter_weights, open_weights
@@ -313,29 +312,22 @@ class StoredCheckpoint(Checkpoint):
         )
 
 
-def open_checkpoint(path: str | os.PathLike[str] | HubName, *, adapter: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | Elsewhere, *, adapter: bool = False) -> Checkpoint:
     """The checkpoint in a folder or a file, as a mapping from tensor names to `TensorSpec`; `read` gives the data.
 
     FILE#KEY.KEY names the state dict under these keys of a PyTorch file. Text such as `org/name` or `org/name@revision`
-    that is not a local path names a model on the Hub: its headers are read there, and its files are downloaded when
-    their data are read. adapter: to open the adapter in a folder, in place of a model. Raises FormatError if the
-    checkpoint is damaged, FileNotFoundError if it does not exist, and otherwise as `Snapshot.fetch` does.
+    that is not a local path names a model on the Hub, an address as `s3://bucket/path` one in a bucket: its headers are
+    read there, and its files are downloaded when their data are read. adapter: to open the adapter in a folder, in
+    place of a model. Raises FormatError if the checkpoint is damaged, FileNotFoundError if it does not exist, and
+    otherwise as `Snapshot.fetch` does.
     """
-    local = None if isinstance(path, HubName) else Path(path)
+    local = None if isinstance(path, Elsewhere) else Path(path)
     if local is not None and local.exists():
         return StoredCheckpoint(local, adapter=adapter)
     if local is not None and (parts := split_address(local)):
         return StoredCheckpoint(parts[0], address=parts[1])
-    name = hub_name(path) if isinstance(path, str) else path
-    if not isinstance(name, HubName):
-        raise FileNotFoundError(f"no such checkpoint: {path}{nearest_name(str(path))}")
-    from mergekit_lfm.store.hub.snapshots import find_snapshot
-
-    try:
-        snapshot = find_snapshot(name)
-    except PlanError as error:
-        nowhere = str(error).startswith("found no model")
-        raise PlanError(f"{name} is not a local folder: {error}" if nowhere else str(error)) from None
-    except ConnectionError as error:
-        raise ConnectionError(f"{name} is not a local folder, and {error}") from None
+    name = name_elsewhere(path) if isinstance(path, str) else path
+    if not isinstance(name, Elsewhere):
+        raise FileNotFoundError(f"no such checkpoint: {path}{nearest(str(path))}")
+    snapshot = find_elsewhere(name)
     return StoredCheckpoint(snapshot.folder, snapshot, adapter=adapter)

@@ -37,7 +37,8 @@ class RangeReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._lock, self._pool = Lock(), None
+        self._lock = Lock()
+        self._pool: ThreadPoolExecutor | None = None
         self._chunks = OrderedDict[int, Future[memoryview]]()  # by number, those used last at the end
         self._runs = dict[int, int]()  # by number, of those here: how many were read before it, one after another
 

@@ -16,9 +16,9 @@ from mergekit_lfm.errors import FormatError, several
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.secrets import find_secrets
 from mergekit_lfm.store.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lfm.store.elsewhere import Elsewhere
 from mergekit_lfm.store.files import KINDS, SMALL, name_file
 from mergekit_lfm.store.folder import STATE, WEIGHTS, files_under, is_index, is_outside
-from mergekit_lfm.store.hub import HubName
 from mergekit_lfm.store.kinds import OTHERS, PAGE, PICKLE, POINTER, SAFETENSORS, ZIP, head_of, kind_of
 
 LARGEST_SUM = 500_000_000  # bytes of all copied files, which are in memory until the output is written
@@ -53,7 +53,7 @@ class Sidecars:
         return tuple((name, why) for name, why in self.left if why not in QUIET)
 
 
-def download(name: HubName, progress: Progress = SILENCE, *, adapter: bool = False) -> Path:
+def download(name: Elsewhere, progress: Progress = SILENCE, *, adapter: bool = False) -> Path:
     """Download all files that loading a model, or an adapter, needs, and return their folder.
 
     Raises as `open_checkpoint` does.

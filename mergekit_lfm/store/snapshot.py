@@ -14,6 +14,7 @@ from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import free_space
 from mergekit_lfm.store.tensors import MAX_HEADER
 
+AT_PLANNING = ("config.json", "adapter_config.json", "modules.json", "*.index.json", "README.md")
 FIRST_RANGE = 100_000  # bytes: the headers of most files are shorter
 
 

@@ -14,7 +14,7 @@ from helpers_faults import Forks, llama_tensors, near, output_snapshot, save_mod
 from helpers_merges import Tensors, load_all
 
 from mergekit_lfm import merge
-from mergekit_lfm.api.merge import plan_merge
+from mergekit_lfm.api.merge_plans import plan_merge
 from mergekit_lfm.api.planned import PlannedMerge
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.output.lock import lock_of, verify

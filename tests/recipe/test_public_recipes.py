@@ -12,7 +12,7 @@ from helpers_merges import load_all
 from helpers_public import MATRICES, PUBLIC, VECTORS, count_layers, names_in, put
 
 from mergekit_lfm import merge
-from mergekit_lfm.api.merge import plan_merge
+from mergekit_lfm.api.merge_plans import plan_merge
 from mergekit_lfm.api.planned import PlannedMerge
 from mergekit_lfm.output.lock import verify
 from mergekit_lfm.plan.plan import Plan

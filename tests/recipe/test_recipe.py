@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mergekit_lfm.api.merge import plan_merge
+from mergekit_lfm.api.merge_plans import plan_merge
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.methods.method import REQUIRED, Parameter
 from mergekit_lfm.methods.registry import METHODS

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.recipe.parts import Edit
     from mergekit_lfm.recipe.rename import RenameRule
     from mergekit_lfm.store.checkpoint import Checkpoint
+    from mergekit_lfm.store.snapshot import Snapshot
 
 SHOWN_RULES = 4
 TENSOR_COLUMNS = ("tensor", "shape", "dtype", "method", "layer", "parameters")
@@ -40,7 +41,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     return {
         "method": ", ".join(method.name for method in recipe.methods),
         "models": [
-            {"model": label, "tensors": len(model), "bytes": model.nbytes, **_hub_data(model)}
+            {"model": label, "tensors": len(model), "bytes": model.nbytes, **_elsewhere_data(model)}
             for label, model in zip(plan.labels, plan.models, strict=True)
         ],
         "statistics": [
@@ -91,11 +92,19 @@ def _count_text(jobs: Sequence[Job], plan: Plan) -> str:
     return f"{count_noun(len(jobs), 'tensor')}, {share:.0%} of the numbers"
 
 
-def _hub_data(model: Checkpoint) -> dict[str, Any]:
-    """The repository and commit of a model of the Hub, and the bytes still to be downloaded."""
-    if model.snapshot is None:
+def _elsewhere_data(model: Checkpoint) -> dict[str, Any]:
+    """The place and the state of a model that is elsewhere, and the bytes still to be downloaded."""
+    snapshot = model.snapshot
+    if snapshot is None:
         return {}
-    return {"repo": model.snapshot.repo, "commit": model.snapshot.commit, "download": sum(model.absent.values())}
+    place = {"bucket": str(snapshot).rpartition("@")[0]} if snapshot.repo is None else {"repo": snapshot.repo}
+    return {**place, "commit": snapshot.commit, "download": sum(model.absent.values())}
+
+
+def _elsewhere_row(label: str, model: Checkpoint, snapshot: Snapshot) -> tuple[str, str]:
+    """The row of a plan about a model that is elsewhere."""
+    place, state = ("from a bucket", "state") if snapshot.repo is None else ("from the Hub", "commit")
+    return place, f"{label}: {state} {snapshot.commit}, {_whereabouts(model)}"
 
 
 def _edits_data(edits: Sequence[Edit]) -> list[str | dict[str, Any]]:
@@ -141,7 +150,7 @@ def plan_text(plan: Plan, facts: dict[str, Any], verbose: bool) -> str:
     for label, edits in [*edited.items(), ("the result", plan.recipe.result_edits)]:
         rows[3:3] = [("edited", f"{label}: {_edit_text(edit)}") for edit in edits]
     rows[1:1] = [
-        ("from the Hub", f"{label}: commit {model.snapshot.commit}, {_whereabouts(model)}")
+        _elsewhere_row(label, model, model.snapshot)
         for label, model in zip(plan.labels, plan.models, strict=True)
         if model.snapshot is not None
     ]
@@ -183,6 +192,8 @@ def _file_lines(plan: Plan) -> Iterator[str]:
 
 
 def _whereabouts(model: Checkpoint) -> str:
+    if nbytes := sum(file.nbytes for file in model.files if file.ranges is not None):
+        return f"{format_size(nbytes)} to read by ranges"
     if model.absent:
         return f"{format_size(sum(model.absent.values()))} to download"
     listed = model.snapshot is not None and model.snapshot.listed

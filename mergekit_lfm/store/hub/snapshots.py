@@ -33,10 +33,9 @@ from mergekit_lfm.store.hub.client import (
 )
 from mergekit_lfm.store.hub.names import HubName
 from mergekit_lfm.store.hub.requests import list_files, request_range
-from mergekit_lfm.store.snapshot import Snapshot
+from mergekit_lfm.store.snapshot import AT_PLANNING, Snapshot
 
 TAKES_LONG = 20_000_000  # bytes; larger downloads show their progress
-AT_PLANNING = ("config.json", "adapter_config.json", "modules.json", "*.index.json", "README.md")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""Requests to object stores, by obstore, and its errors as messages of ours.
+
+A store is set up by the environment, as its own programs are: docs/buckets.md names the variables. A refusal is a
+PlanError; a failure on the way is a ConnectionError, after the library's own tries, which go on where an answer broke
+off.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from mergekit_lfm.errors import FormatError, PlanError
+from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.store.buckets.names import BucketName
+
+TRIES, PAUSE_S = 3, 1.0  # of requests that the library does not make again, and the pause before the second
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key's file, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+    "az": "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or AZURE_SKIP_SIGNATURE=true for a public one",
+}
+
+
+def import_obstore() -> Any:
+    """The library. Raises PlanError if it is not installed."""
+    try:
+        return import_module("obstore")
+    except ImportError:
+        raise PlanError("buckets need obstore: {cure}", cure='pip install "mergekit_lfm[remote]"') from None
+
+
+@lru_cache(maxsize=64)
+def open_store(name: BucketName) -> Any:
+    """The client of a folder in a bucket; its requests name files in that folder. Sends nothing."""
+    import_obstore()
+    options: dict[str, Any] = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=20)}
+    options["timeout"] = timedelta(minutes=10)  # for a whole answer, which may be slow
+    config: dict[str, Any] = {}
+    endpoint = next((os.environ[key] for key in ENDPOINTS if os.environ.get(key)), "")
+    if name.scheme == "s3" and endpoint:
+        config["endpoint"] = endpoint
+        options["allow_http"] = endpoint.startswith("http://")
+    with translated(name):
+        stores = import_module("obstore.store")
+        return stores.from_url(str(name), config=config or None, client_options=options)
+
+
+def again(name: BucketName, file: str, request: Callable[[], Any]) -> Any:
+    """The result of a request, made again after failures on the way."""
+    for number in range(1, TRIES + 1):
+        try:
+            with translated(name, file):
+                return request()
+        except ConnectionError:
+            if number == TRIES:
+                raise
+        time.sleep(PAUSE_S * number)
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def translated(name: BucketName, file: str = "") -> Iterator[None]:
+    """Turn the library's errors about a place, or a file in it, into messages for the user."""
+    try:
+        yield
+    except FileNotFoundError:
+        sentence = "{place}: found nothing there; {cure}"
+        raise PlanError(sentence, place=_place(name, file), cure="give the address of a folder or a file") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("obstore"):
+            raise
+        raise _explain(name, file, error) from None
+
+
+def _place(name: BucketName, file: str) -> str:
+    return f"{name}/{file}" if file else str(name)
+
+
+def _explain(name: BucketName, file: str, error: Exception) -> Exception:
+    """The error to raise for one of the library."""
+    kind, reason, place = type(error).__name__, _reason(error), _place(name, file)
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status_in(reason) in (401, 403):
+        sentence = "{place}: the store refuses the request; {cure}"
+        return PlanError(sentence, place=place, cure=CREDENTIALS[name.scheme])
+    if kind == "PreconditionError":
+        return FormatError("{place} was changed since it was listed; {cure}", place=place, cure="run the command again")
+    if status_in(reason) == 404:
+        sentence = "{place}: there is no bucket {found}; {cure}"
+        return PlanError(sentence, place=place, found=name.bucket, cure="see that the name and the region are right")
+    if kind in ("GenericError", "JoinError"):
+        return ConnectionError(
+            f"the connection to the store of {place} failed ({reason}); run the same command again: finished work is "
+            "kept"
+        )
+    return PlanError("{place}: {found}", place=place, found=reason)
+
+
+def status_in(reason: str) -> int | None:
+    """The status in the library's message about an answer that it does not expect, None without one."""
+    _, found, rest = reason.partition("status code: ")
+    return int(rest[:3]) if found and rest[:3].isdigit() else None
+
+
+def _reason(error: Exception) -> str:
+    """The library's message in a line, without what it says for its own developers."""
+    text = str(error).split("\n\nDebug source:")[0]
+    return printable_line(" ".join(text.split()))[:400]
