@@ -36,6 +36,7 @@ import pytest  # noqa: E402
 from helpers_faults import Forks, spare_syncs, warm_interpreter  # noqa: E402
 from helpers_hub import hub, xet_hub  # noqa: E402, F401  # fixtures of several modules
 from helpers_lora import trio  # noqa: E402, F401
+from helpers_s3 import s3, s3_server  # noqa: E402, F401
 
 spare_syncs()
 

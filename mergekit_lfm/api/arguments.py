@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +21,11 @@ def as_bytes(size: int | str | None) -> int | None:
 
 
 def expand(path: StrPath, label: str = "output") -> Path:
-    """The path, "~" replaced by the home folder."""
+    """The path, "~" replaced by the home folder. Raises PlanError for an address in a bucket, where no folder is."""
+    if re.match(r"(s3|gs|az):/", str(path)) and not Path(path).exists():
+        sentence = "{label}: found {found}, expected a folder of this machine; {cure}"
+        cure = "what is in one goes into a bucket by `mergekit-lfm push`"
+        raise PlanError(sentence, label=label, found=repr(str(path)), cure=cure)
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -37,8 +42,8 @@ def model_folder(model: StrPath, progress: Progress = SILENCE) -> Path:
         from mergekit_lfm.store.sidecars import download
 
         return Path(with_folders(str(model), lambda name, adapter: download(name, progress, adapter=adapter)))
-    folder = expand(model, "model")
-    name = None if folder.exists() else name_elsewhere(str(model))
+    name = None if Path(model).exists() else name_elsewhere(str(model))
+    folder = Path(model) if name is not None else expand(model, "model")
     if name is None:
         hint = "" if folder.exists() else nearest(str(model))
         if hint and "/" in str(model):

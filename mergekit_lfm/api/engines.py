@@ -93,6 +93,7 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
         expected = f"1/{count} to {count}/{count}" if count > 0 else "as 1/4"
         raise PlanError("{found} is not a part; expected {expected}", found=f"{number}/{count}", expected=expected)
     reasons = {
+        "OUT is in a bucket, and each run would make it for itself": planned.staged,
         "its recipe has stages": planned.stages is not None,
         "its recipe aligns or edits models before they are merged": bool(planned.plan.pending or planned.plan.unedited),
         "--no-resume deletes what other parts have done": not resume,
@@ -101,9 +102,19 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
     found = [text for text, is_so in reasons.items() if is_so]
     if found:
         cure = "--partition 1/1 does all of it in one run"
-        if "recipe" in found[0]:
+        if planned.staged and planned.goal is not None:
+            cure = f"give a folder that all runs see as OUT, and --push-to {planned.goal.repo}; or {cure}"
+        elif "recipe" in found[0]:
             cure = f"make its models first, by recipes of their own, and name them here; or {cure}"
         raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)
+
+
+def check_site(engine: str, ray_address: str | None, planned: PlannedMerge) -> None:
+    """Raise PlanError if the output is to be made in a folder that the engine's nodes do not see."""
+    if planned.staged and engine == "ray" and ray_address != LOCAL:
+        sentence = "OUT is in a bucket, and would be made in the cache, which other nodes of {found} do not see; {cure}"
+        cure = "give a folder that they all see as OUT, and --push-to with the address"
+        raise PlanError(sentence, found=ray_address, cure=cure)
 
 
 def stream_models(plan: Plan, memory: int | None) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes
-from mergekit_lfm.api.engines import Name, check_engine, check_part, find_engine, stream_models
-from mergekit_lfm.api.goals import check_goal, push_merged
+from mergekit_lfm.api.engines import Name, check_engine, check_part, check_site, find_engine, stream_models
+from mergekit_lfm.api.goals import check_goal, find_in_place, push_merged
 from mergekit_lfm.api.merge_plans import RecipeLike, plan_merge, plan_stage
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.planned import Merged, Planned, PlannedJob, PlannedMerge
@@ -55,11 +55,12 @@ def merge(
 ) -> Outcome[Merged]:
     """Merge checkpoints as a recipe says (a YAML file, its text or data, a `Recipe`, or the result of `plan_merge`).
 
-    out: by default the recipe's `output`, else `merged/<name of the recipe file>`. memory and max_shard_size: bytes,
-    or text such as "4GB". heads, and device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn"
-    notes NaN and infinity in the lock and as a warning, "error" refuses them. trust_times, compile: as of `execute`.
-    push_to: a repository on the Hub that the result is pushed to, in place of the recipe's `push`; private: it has to
-    be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
+    out: by default the recipe's `output`, else `merged/<name of the recipe file>`; for an address in a bucket the
+    result is made in the cache and pushed there. memory and max_shard_size: bytes, or text such as "4GB". heads, and
+    device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn" notes NaN and infinity in the lock
+    and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a repository on the Hub, or
+    an address in a bucket, that the result is pushed to, in place of the recipe's `push`; private: the repository has
+    to be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
     keys of the recipe that are unknown are warnings in place of errors. drop_stages: remove the results of the recipe's
     earlier stages once OUT is complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local":
     of one for this run); memory and threads are then of one node. part: (i, n) does the i-th of n parts; others do
@@ -79,14 +80,17 @@ def merge(
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume, "part": part}
     run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
     run |= {"engine": engine, "ray_address": ray_address, "stream_inputs": stream_inputs}
-    check_goal(recipe.goal)
     check_part(part, recipe, resume=resume, engine=engine)
+    check_site(engine, ray_address, recipe)
+    if (there := find_in_place(recipe, run, overwrite=overwrite)) is not None:
+        return there
+    check_goal(recipe, overwrite=overwrite)
     outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
     if on_merged is not None and not outcome.result.waiting:
         on_merged(outcome)
     if recipe.goal is None or outcome.result.waiting or (part is not None and outcome.already_there):
         return outcome  # of a part: another has made OUT, and pushes it
-    return push_merged(outcome, recipe.out, recipe.goal, verify_push, progress, started)
+    return push_merged(outcome, recipe, verify_push, progress, started)
 
 
 def _merge_planned(

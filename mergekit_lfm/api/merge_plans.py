@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.engines import find_accelerator
+from mergekit_lfm.api.goals import place_output
 from mergekit_lfm.api.jobs import JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.planned import Planned, PlannedMerge, Stages, plan_job
@@ -61,7 +62,6 @@ def plan_merge(
         else:
             recipe = source.recipe(allow_unknown=allow_unknown)
             out = out or recipe.output or source.default_output
-    folder = need_output(out or recipe.output)
     if seed is not None:
         recipe = recipe.model_copy(update={"seed": seed})
     if heads is not None:
@@ -69,9 +69,11 @@ def plan_merge(
     if not card:
         recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
+    staged = place_output(out or recipe.output, goal)
+    folder, goal = staged or (need_output(out or recipe.output), goal)
     with in_stage(None if stages is None else stages.last):
         plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
-    planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages)
+    planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages, staged=bool(staged))
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 
 

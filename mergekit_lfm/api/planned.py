@@ -19,7 +19,7 @@ from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.stages import Stage
 
 if TYPE_CHECKING:
-    from mergekit_lfm.output.push import Pushed
+    from mergekit_lfm.output.outgoing import Pushed
     from mergekit_lfm.plan.plan import Plan
 
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class PlannedMerge:
     """A merge that is planned and checked, and not made yet. goal: where the result is pushed, None for nowhere.
 
-    stages: those before it, if its recipe has several.
+    stages: those before it, if its recipe has several. staged: True if OUT is in a bucket, and `out` a folder of the
+    cache until it is pushed there.
     """
 
     plan: Plan
@@ -36,6 +37,7 @@ class PlannedMerge:
     goal: Push | None
     max_shard_size: int | None
     stages: Stages | None = None
+    staged: bool = False
 
 
 @dataclass(frozen=True)

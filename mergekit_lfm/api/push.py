@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.api.arguments import StrPath, expand
 from mergekit_lfm.api.outcome import Outcome
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.lock import lock_of
+from mergekit_lfm.store.buckets import bucket_name
 
 if TYPE_CHECKING:
-    from mergekit_lfm.output.push import Pushed
+    from mergekit_lfm.output.outgoing import Pushed
 
 
 def push(
@@ -25,7 +28,10 @@ def push(
     pull_back: bool = False,
     progress: Progress = SILENCE,
 ) -> Outcome[Pushed]:
-    """Push a saved model in a folder to a repository (org/name) on the Hub, in one commit; it is made if missing.
+    """Push a saved model in a folder to a repository (org/name) on the Hub, or into a bucket (s3://bucket/path).
+
+    On the Hub it is one commit, and the repository is made if missing. In a bucket the lock goes last; overwrite: the
+    place may hold another model.
 
     Deletes files of an earlier push that the folder no longer has. Keeps a card edited on the Hub, unless replace_card,
     and puts ours into MERGE.md. private: the repository must be. overwrite: it may hold weights that are not of an
@@ -35,10 +41,23 @@ def push(
     Raises FormatError if the folder holds no complete model, PlanError if anything forbids the push, before sending
     anything if it can be known then; ConnectionError if the connection fails, which leaves the repository as it was.
     """
-    from mergekit_lfm.output.push import push as push_folder
-
     started, source = time.monotonic(), expand(folder, "folder")
-    how = {"private": private, "overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
-    pushed = push_folder(source, repo, message=message, progress=progress, **how)
+    if (bucket := bucket_name(repo)) is not None:
+        _refuse_commits(repo, {"private": private, "replace_card": replace_card, "message": message})
+        from mergekit_lfm.output.push_bucket import push_into_bucket
+
+        pushed = push_into_bucket(source, bucket, overwrite=overwrite, pull_back=pull_back, progress=progress)
+    else:
+        from mergekit_lfm.output.push import push as push_folder
+
+        how = {"private": private, "overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
+        pushed = push_folder(source, repo, message=message, progress=progress, **how)
     there = not pushed.files and not pushed.removed
     return Outcome(source, pushed, lock_of(source).get("plan"), there, seconds=time.monotonic() - started)
+
+
+def _refuse_commits(place: str, options: Mapping[str, Any]) -> None:
+    """Raise PlanError for options about a commit or a repository, which a bucket does not have."""
+    if given := [name for name, value in options.items() if value]:
+        sentence = "{found} has no effect on {place}, which is in a bucket; {cure}"
+        raise PlanError(sentence, found=", ".join(given), place=place, cure="leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import StrPath, as_bytes, expand
@@ -13,7 +14,7 @@ from mergekit_lfm.api.planned import PlannedMerge, Stages
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.recipe.recipe import Recipe
-from mergekit_lfm.store.hub import hub_name
+from mergekit_lfm.store.elsewhere import find_elsewhere, name_elsewhere
 
 if TYPE_CHECKING:
     from mergekit_lfm.output.lock import Lock
@@ -48,17 +49,18 @@ def verify_output(
 ) -> Outcome[Verified]:
     """Read an output of `merge`, or an adapter with a lock, again and compare it with its lock.
 
-    out: its folder, or its name on the Hub: then it is downloaded to the cache, without what the lock does not name.
-    against_inputs: the recipe of the merge: its models are read again and compared with the lock, too, and so many of
-    the tensors are computed again, or "all" of them; the other options are those that `merge` was given. The outcome's
-    digest is that of the plan. Raises FormatError if it has no lock, PlanError if it is of another recipe.
+    out: its folder, or its name on the Hub or address in a bucket: then it is downloaded to the cache, without what the
+    lock does not name. against_inputs: the recipe of the merge: its models are read again and compared with the lock,
+    too, and so many of the tensors are computed again, or "all" of them; the other options are those that `merge` was
+    given. The outcome's digest is that of the plan. Raises FormatError if it has no lock, PlanError if it is of another
+    recipe.
     """
     from mergekit_lfm.output.card import CARD, OWN_CARD
     from mergekit_lfm.output.lock import INPUTS_NOT_COVERED, LOCK, NOT_COVERED, read_lock, verify
 
-    started, folder = time.monotonic(), expand(out, "OUT")
-    snapshot = None if folder.exists() else _pull(str(out), progress)
-    folder = folder if snapshot is None else snapshot.folder
+    started = time.monotonic()
+    snapshot = None if Path(out).exists() else _pull(str(out), progress)
+    folder = expand(out, "OUT") if snapshot is None else snapshot.folder
     lock = read_lock(folder)
     planned = None
     if against_inputs is not None and lock.name != LOCK:
@@ -144,14 +146,13 @@ def _compare_inputs(
 
 
 def _pull(name: str, progress: Progress) -> Snapshot | None:
-    """The output on the Hub with this name, downloaded; None for other text. Raises FormatError without a lock."""
+    """The output elsewhere with this name, downloaded; None for other text. Raises FormatError without a lock."""
     from mergekit_lfm.output.lock import LOCK, covered_files
-    from mergekit_lfm.store.hub.snapshots import find_snapshot
 
-    model = hub_name(name)
+    model = name_elsewhere(name)
     if model is None:
         return None
-    snapshot = find_snapshot(model)
+    snapshot = find_elsewhere(model)
     if LOCK not in snapshot.sizes:
         raise FormatError(f"{snapshot} has no {LOCK}: it is not an output of `merge`")
     snapshot.fetch([LOCK])

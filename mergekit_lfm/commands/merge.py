@@ -38,7 +38,8 @@ Examples:
 @click.option(
     "--push-to",
     metavar="REPO",
-    help="Push the result to this repository (org/name) on the Hub. [default: the recipe's]",
+    help="Push the result to this repository (org/name) on the Hub, or into a bucket (s3://bucket/path). [default: the "
+    "recipe's]",
 )
 @click.option("--private", is_flag=True, help="Make the repository private; refuse one that exists and is public.")
 @click.option(
@@ -124,11 +125,12 @@ def merge(
     """Merge models as RECIPE says and write the result to OUT.
 
     Models are folders, or on the Hub: org/name, org/name@revision, or in a bucket: s3://bucket/path (gs://, az://).
-    RECIPE is a file, or - for standard input. OUT is a new folder; by default the recipe's `output`, else merged/ and
-    the recipe's name. A run that was interrupted goes on where it stopped when the same command is given again. A
-    recipe of several documents is carried out stage by stage; their results stay in OUT.stages, where the next run
-    takes those that have not changed. A stage with `job` makes an adapter: `adapters` merges several to one, `extract`
-    takes one from a fine-tuned model. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a number of bytes.
+    RECIPE is a file, or - for standard input. OUT is a new folder, or an address in a bucket; by default the recipe's
+    `output`, else merged/ and the recipe's name. A run that was interrupted goes on where it stopped when the same
+    command is given again. A recipe of several documents is carried out stage by stage; their results stay in
+    OUT.stages, where the next run takes those that have not changed. A stage with `job` makes an adapter: `adapters`
+    merges several to one, `extract` takes one from a fine-tuned model. Sizes are 500MB, 5GB (5e9 bytes), 3GiB, or a
+    number of bytes.
     """
     from mergekit_lfm.api.engines import check_engine, stream_models
     from mergekit_lfm.api.planned import PlannedJob
@@ -160,7 +162,7 @@ def merge(
             outcome = run_recipe(planned, on_merged=partial(_show_outcome, console), **how)
     if isinstance(planned, PlannedJob):
         conclude_job(console, planned.job, outcome)
-    _conclude(console, outcome)
+    _conclude(console, outcome, staged=planned.staged)
 
 
 def _need_push(planned: Planned, *, private: bool, verify: bool) -> None:
@@ -195,7 +197,7 @@ def _show_outcome(console: Console, outcome: Outcome[Merged]) -> None:
     console.say(outcome_text(outcome))
 
 
-def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
+def _conclude(console: Console, outcome: Outcome[Merged], *, staged: bool) -> NoReturn:
     from mergekit_lfm.commands.show.plans import merge_data, push_text, waiting_text
 
     if outcome.result.waiting:
@@ -204,4 +206,6 @@ def _conclude(console: Console, outcome: Outcome[Merged]) -> NoReturn:
     data = merge_data(outcome) if console.wants_data else {}  # it takes long for many tensors
     if pushed is None:
         console.conclude(data, path=outcome.path)
-    console.conclude(data, lambda: push_text(pushed), path=f"{outcome.path}\n{pushed.url}")
+    if staged:
+        data |= {"out": pushed.url}
+    console.conclude(data, lambda: push_text(pushed), path=pushed.url if staged else f"{outcome.path}\n{pushed.url}")

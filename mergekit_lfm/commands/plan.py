@@ -12,7 +12,7 @@ from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.jobs import refuse_idle_options, show_of
 from mergekit_lfm.commands.options import as_json, together
-from mergekit_lfm.commands.shell import Command, lasting, transfers
+from mergekit_lfm.commands.shell import Command, OutFolder, lasting, transfers
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import Planned, PlannedMerge
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options of `merge` and `plan`.
 planning = together(
     click.argument("recipe", type=click.Path(path_type=Path)),
-    click.argument("out", type=click.Path(path_type=Path), required=False),
+    click.argument("out", type=OutFolder(), required=False),
     options.memory,
     options.threads,
     options.max_shard_size,

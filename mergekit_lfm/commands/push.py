@@ -16,7 +16,8 @@ from mergekit_lfm.commands.shell import Command, transfers
     epilog="""\b
 Examples:
   mergekit-lfm push merged/quickstart me/quickstart --private
-  mergekit-lfm push merged/quickstart me/quickstart --verify""",
+  mergekit-lfm push merged/quickstart me/quickstart --verify
+  mergekit-lfm push merged/quickstart s3://models/quickstart""",
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo")
@@ -38,11 +39,12 @@ def push(
     message: str | None,
     verify: bool,
 ) -> None:
-    """Push the model in DIR to the repository REPO (org/name) on the Hub, in one commit.
+    """Push the model in DIR to the repository REPO (org/name) on the Hub, in one commit, or into a bucket.
 
     The repository is made if it does not exist. Files that are there already are not sent again; those of an earlier
     push that DIR no longer has are deleted. A model card that was edited on the Hub is kept. The token is HF_TOKEN, or
-    that of `hf auth login`. A push that fails leaves the repository as it was.
+    that of `hf auth login`. A push that fails leaves the repository as it was. Into a bucket
+    (s3://bucket/path, gs://, az://) the lock goes last, so that a place with a lock holds all of the model.
     """
     from mergekit_lfm.api.push import push as push_folder
     from mergekit_lfm.commands.show.outcomes import outcome_data

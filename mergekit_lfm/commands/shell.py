@@ -22,6 +22,7 @@ from mergekit_lfm.commands.show.terminal import drop
 from mergekit_lfm.errors import PlanError, Refusal
 from mergekit_lfm.machine.resources import explain_thread_limit
 from mergekit_lfm.machine.sizes import parse_size
+from mergekit_lfm.store.buckets.names import is_address
 from mergekit_lfm.store.elsewhere import Elsewhere, name_elsewhere, nearest
 
 # The cures of errors of the disk and the system, by their numbers.
@@ -226,6 +227,16 @@ def transfers(*, hidden: bool) -> Iterator[None]:
                 del os.environ[NO_BARS]
             else:
                 os.environ[NO_BARS] = before
+
+
+class OutFolder(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
+    """A folder to make; an address in a bucket stays as it is."""
+
+    name = "path"
+
+    def convert(self, value: Any, *_: Any) -> Path | str:
+        """The folder as a path, or the address."""
+        return str(value) if is_address(str(value)) else Path(value)
 
 
 class Partition(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only

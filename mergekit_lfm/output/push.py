@@ -1,16 +1,13 @@
 """Push a saved model to the Hub: in one commit or not at all, and then compare the commit with the local files.
 
-A user's own files in the repository are kept: a card edited there, and weights not from an earlier push. Nothing that
-names this machine goes out.
+A user's own files in the repository are kept: a card edited there, and weights not from an earlier push.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,15 +18,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from mergekit_lfm.errors import PlanError, several
+from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
-from mergekit_lfm.machine.secrets import find_secrets, mask_secrets
+from mergekit_lfm.machine.secrets import mask_secrets
 from mergekit_lfm.output.card import CARD, OWN_CARD, without_front_matter
 from mergekit_lfm.output.lock import LOCK, lock_of, verify
-from mergekit_lfm.output.replace import REPLACED
-from mergekit_lfm.store.checkpoint import open_checkpoint
+from mergekit_lfm.output.outgoing import IN_USE, WEIGHTS, Pushed, outgoing
 from mergekit_lfm.store.files import name_file, open_file, parse_json, read_bytes, read_text
-from mergekit_lfm.store.folder import INDEX_END, is_index, is_outside
 from mergekit_lfm.store.hub import repository
 from mergekit_lfm.store.hub.client import (
     HTTPError,
@@ -44,36 +39,8 @@ from mergekit_lfm.store.hub.requests import list_files
 from mergekit_lfm.store.hub.snapshots import HubSnapshot, ListedDigest, pull
 from mergekit_lfm.version import __version__
 
+Content = Path | bytes  # of a file to push
 IN_GIT = 100_000_000  # bytes; the Hub takes no larger file into git itself (its limit is a tenth of that)
-# The weights that loaders look for, one set per repository; and the files that show that a repository is in use.
-WEIGHTS = re.compile(r"^(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$")
-IN_USE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|onnx|msgpack|h5)$|(^|/)(config|adapter_config)\.json$")
-TEXTS = re.compile(r"\.(md|json|yaml|yml|txt|py|jinja)$")
-VOCABULARIES = re.compile(r"(^|/)(tokenizer|vocab|merges)\.(json|txt)$")  # any text may be in one
-RECORDED_PATH = rb'name_or_path"[ \t]*:[ \t]*"[/~]'  # where transformers once found the model
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """The result of a push: the files that the commit changed and deleted; empty if the Hub had all of it already.
-
-    kept_card: True if a card edited on the Hub was kept, so that ours is MERGE.md. left_out: hidden files, and links
-    that lead out of the folder. verified: True if the model was downloaded again and compared with its lock.
-    """
-
-    repo: str
-    commit: str
-    files: tuple[str, ...]
-    removed: tuple[str, ...]
-    nbytes: int
-    kept_card: bool
-    left_out: tuple[str, ...]
-    verified: bool = False
-
-    @property
-    def url(self) -> str:
-        """The address of the repository."""
-        return f"{endpoint()}/{self.repo}"
 
 
 @dataclass(frozen=True)
@@ -162,22 +129,11 @@ def push(
     forbids the push, before sending anything if it can be known then; ConnectionError if the connection fails, which
     leaves the repository as it was.
     """
-    source = Path(folder)
-    if not source.is_dir():
-        raise PlanError(f"{source} is not a folder, expected that of a saved model")
-    model = open_checkpoint(source)  # unfinished outputs have no readable headers
-    if (source / REPLACED).exists():
-        raise PlanError(f"{source} still holds the files it replaced: its merge was interrupted. Run that merge again")
-    if pull_back and not lock_of(source):
-        raise PlanError(f"{source} has no {LOCK} to compare with: push it without comparing")
-    if pull_back and (problems := verify(source, alone=False)):
-        listed = "\n  ".join(problems[:10])
-        raise PlanError(f"{source} differs from its lock, so it can only be pushed without comparing:\n  {listed}")
+    going = outgoing(folder, pull_back=pull_back)
+    source, contents = going.folder, dict[str, Content](going.contents)
     if message is not None and mask_secrets(message) != message:
         raise PlanError("the commit's message holds a token or a key, and everybody could read it: leave that out")
     remote = check_repository(repo, private=private, overwrite=overwrite)
-    weights = {*(file.path for file in model.files), *(path for path in source.glob(f"*{INDEX_END}") if is_index(path))}
-    contents, left_out = _contents(source, weights)
     kept = not replace_card and _card_kept(remote, source)
     if kept:
         contents[OWN_CARD] = without_front_matter(read_text(source / CARD)).encode()
@@ -199,41 +155,7 @@ def push(
     if pull_back:
         _pull_back(_look(repo, commit), contents, source.resolve().parent)
     nbytes = sum(_nbytes(contents[name]) for name in changed)
-    return Pushed(repo, commit, tuple(changed), tuple(removed), nbytes, kept, tuple(left_out), pull_back)
-
-
-Content = Path | bytes  # of a file to push
-
-
-def _contents(folder: Path, weights: Collection[Path]) -> tuple[dict[str, Content], list[str]]:
-    """A folder's files to push, by name; and those that stay: hidden ones, and links out of the folder but for weights.
-
-    Raises PlanError for private content.
-    """
-    contents: dict[str, Content] = {}
-    left, problems = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts) or (path not in weights and is_outside(path, folder)):
-            left.append(name.as_posix())
-            continue
-        contents[name.as_posix()] = path
-        with name_file(path):
-            problems += [f"{name}, line {line}: {secret}" for line, secret in find_secrets(path, _private(name))]
-    problems += [f"the name of {name} is a token or a key" for name in contents if mask_secrets(name) != name]
-    if problems:
-        raise PlanError(several("the folder holds private data", problems) + "\nRemove it, then push again.")
-    return contents, left
-
-
-def _private(name: Path) -> dict[str, re.Pattern[bytes]]:
-    """Patterns of private data besides the known forms: the token in use, and in texts paths of this machine."""
-    private = {} if (token := get_token()) is None else {"a token of the Hub": re.compile(re.escape(token.encode()))}
-    if TEXTS.search(name.name) and not VOCABULARIES.search(name.as_posix()):
-        home = os.environ.get("HOME", "").rstrip("/").encode()
-        paths = [RECORDED_PATH, *([re.escape(home) + b"/"] if home else [])]
-        private["a path of this machine"] = re.compile(b"|".join(paths))
-    return private
+    return Pushed(repo, commit, tuple(changed), tuple(removed), nbytes, kept, going.left_out, pull_back)
 
 
 def _card_kept(remote: Remote, folder: Path) -> bool:

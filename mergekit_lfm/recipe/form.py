@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mergekit_lfm.errors import Refusal, did_you_mean
 from mergekit_lfm.recipe.adapters import LARGEST_SHARE, join_reference
 from mergekit_lfm.recipe.problems import UnknownKey
-from mergekit_lfm.store.hub import repository
+from mergekit_lfm.store.buckets import bucket_name
+from mergekit_lfm.store.elsewhere import destination
 
 OUTPUT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -130,7 +131,7 @@ Edits = Annotated[
     tuple[Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)], ...],
     BeforeValidator(_none_as_empty),
 ]
-_Repository = Annotated[str, AfterValidator(repository)]
+_Destination = Annotated[str, AfterValidator(destination)]
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
@@ -204,7 +205,13 @@ Modules = Annotated[dict[str, ModuleEntry], BeforeValidator(lambda value: {} if 
 
 
 class Push(Strict):
-    """The result's repository on the Hub, and whether to make it private if it is new."""
+    """The result's repository on the Hub, or place in a bucket; private: make a repository so if it is new."""
 
-    repo: _Repository
+    repo: _Destination
     private: bool = Field(default=False, strict=True)
+
+    @model_validator(mode="after")
+    def _refuse_private_bucket(self) -> Push:
+        if self.private and bucket_name(self.repo):
+            raise ValueError(f"private has no effect on {self.repo}: who may read there, the bucket says; leave it out")
+        return self

@@ -45,6 +45,7 @@ from mergekit_lfm.recipe.structure import Structure
 from mergekit_lfm.recipe.tokenizer import TokenizerRequest, read_tokenizer
 from mergekit_lfm.recipe.validation import find_problems, read_document, read_form
 from mergekit_lfm.recipe.values import FOUND, NamedFile
+from mergekit_lfm.store.elsewhere import destination
 from mergekit_lfm.store.files import read_text
 
 IN_YAML = "a recipe in YAML"
@@ -246,11 +247,17 @@ class Recipe(Strict):
 
         Raises PlanError if `repo` is not a repository's name.
         """
+        if repo is None and self.push is None:
+            return None
         try:
-            push = self.push if repo is None else Push(repo=repo)
-        except ValidationError:
-            raise PlanError(f"found {repo!r} to push to, expected a repository on the Hub as org/name") from None
-        return push and Push(repo=push.repo, private=push.private or private)
+            if self.push is not None and repo is None:
+                return Push(repo=self.push.repo, private=self.push.private or private)
+            return Push(repo=destination(str(repo)), private=private)
+        except ValidationError as error:
+            raise PlanError(str(error.errors()[0]["ctx"]["error"])) from None
+        except ValueError:
+            expected = "a repository on the Hub as org/name, or a place in a bucket as s3://bucket/path"
+            raise PlanError(f"found {repo!r} to push to, expected {expected}") from None
 
     @property
     def text(self) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.buckets import BucketName, bucket_name
 from mergekit_lfm.store.buckets.names import FORMS, is_address
-from mergekit_lfm.store.hub import HubName, hub_name, nearest_name
+from mergekit_lfm.store.hub import HubName, hub_name, nearest_name, repository
 
 if TYPE_CHECKING:
     from mergekit_lfm.store.snapshot import Snapshot
@@ -24,6 +24,18 @@ def name_elsewhere(text: str) -> Elsewhere | None:
 def nearest(text: str) -> str:
     """The end of a message about a text that names no model: the form in which it would, "" if none is near."""
     return f"; addresses of buckets have the form {FORMS}" if is_address(text) else nearest_name(text)
+
+
+def destination(text: str) -> str:
+    """`text`, where to push to: the name of a repository on the Hub, or an address. Raises ValueError if it is neither.
+
+    An address is given in its plain form.
+    """
+    if (name := bucket_name(text)) is not None:
+        return str(name)
+    if is_address(text):
+        raise ValueError(f"found {text!r}, expected an address of the form {FORMS}")
+    return repository(text.removeprefix("hf://"))
 
 
 def find_elsewhere(name: Elsewhere) -> Snapshot:

@@ -17,7 +17,7 @@ from hub_server import TOKEN, HubServer
 from models import files_of, output_of
 from safetensors.torch import save_file
 
-from mergekit_lfm import merge, open_checkpoint
+from mergekit_lfm import merge, open_checkpoint, plan_merge
 from mergekit_lfm.api.arguments import model_folder
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.views.adapted import open_model
@@ -339,6 +339,29 @@ def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(
     with pytest.raises(PlanError, match="make room"):
         merge("recipe.yaml", "out")
     assert [r for r in models.requests if r.path.startswith("/blob/") and r.status == 200] == []
+
+
+def test_models_on_the_hub_are_read_by_ranges(
+    models: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lfm.store.ranges.CHUNK", 30_000)
+    merge("recipe.yaml", "streamed", stream_inputs=True)
+    assert not [*(tmp_path / "client").rglob("*.safetensors")]
+    answers = [r for r in models.requests if r.path.startswith("/blob/")]
+    assert answers and all(r.status == 206 for r in answers)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("org/a", "hf://org/a"))
+    merge("recipe.yaml", "downloaded")
+    assert output_of(folder / "streamed").keys() == output_of(folder / "downloaded").keys()
+    for name, data in output_of(folder / "streamed").items():
+        assert name in ("README.md", "merge.lock.json") or data == output_of(folder / "downloaded")[name]
+
+
+def test_a_server_without_ranges_cannot_stream(models: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_lfm.store.ranges.CHUNK", 30_000)
+    planned = plan_merge("recipe.yaml", "out").result
+    models.fault("GET", "/blob/", status=200, body=b"x" * 300_000, times=None)
+    with pytest.raises(PlanError, match="does not answer requests for a range of bytes; leave --stream-inputs out"):
+        merge(planned, stream_inputs=True)
 
 
 def test_one_model_under_two_names_is_refused(models: HubServer, folder: Path) -> None:

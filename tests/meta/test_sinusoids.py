@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from meta_sinusoids import compare
 
 
 @pytest.mark.slow
 def test_a_few_steps_from_a_learned_start_fit_a_new_sinusoid() -> None:
     """A twelfth of the benchmark's steps."""
-    from meta_sinusoids import compare
-
     found = compare(0, 400)
     for name, steps, share in (("maml", 10, 0.7), ("fomaml", 10, 0.9), ("reptile", 32, 0.7)):
         assert found[name][steps] < share * found["joint"][steps], (name, found)

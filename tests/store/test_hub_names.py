@@ -85,7 +85,6 @@ def test_a_repository_to_push_to_has_an_owner_and_no_revision() -> None:
         ("https://huggingface.co/org/name/commit/" + "0" * 40, "org/name@" + "0" * 40),
         ("https://huggingface.co/gpt2", "gpt2@main"),
         ("hf.co/org/name", "org/name"),
-        ("hf://org/name", "org/name"),
         ("org/name/tree/main", "org/name"),
         ("org/name/", "org/name"),
         ("org/name.git", "org/name"),

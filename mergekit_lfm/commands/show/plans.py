@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.api.planned import Merged
     from mergekit_lfm.methods.method import Value
-    from mergekit_lfm.output.push import Pushed
+    from mergekit_lfm.output.outgoing import Pushed
     from mergekit_lfm.plan.job import Job
     from mergekit_lfm.plan.plan import AppliedAdapter, Plan
     from mergekit_lfm.recipe.parts import Edit
@@ -252,7 +252,7 @@ def value_text(value: Value) -> str:
 
 def push_text(pushed: Pushed) -> str:
     """The result of a push, in one or a few lines."""
-    where = f"{pushed.url} at commit {pushed.commit}"
+    where = f"{pushed.url} at {'state' if '://' in pushed.repo else 'commit'} {pushed.commit}"
     if not pushed.files and not pushed.removed:
         lines = [f"already there: {where} holds the same files; nothing was pushed"]
     else:

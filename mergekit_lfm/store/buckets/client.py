@@ -87,15 +87,16 @@ def _place(name: BucketName, file: str) -> str:
 def _explain(name: BucketName, file: str, error: Exception) -> Exception:
     """The error to raise for one of the library."""
     kind, reason, place = type(error).__name__, _reason(error), _place(name, file)
-    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status_in(reason) in (401, 403):
+    status = _status_in(reason)
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
         sentence = "{place}: the store refuses the request; {cure}"
         return PlanError(sentence, place=place, cure=CREDENTIALS[name.scheme])
     if kind == "PreconditionError":
         return FormatError("{place} was changed since it was listed; {cure}", place=place, cure="run the command again")
-    if status_in(reason) == 404:
+    if status == 404:
         sentence = "{place}: there is no bucket {found}; {cure}"
         return PlanError(sentence, place=place, found=name.bucket, cure="see that the name and the region are right")
-    if kind in ("GenericError", "JoinError"):
+    if kind in ("GenericError", "JoinError") and (status is None or status >= 500 or status in (408, 429)):
         return ConnectionError(
             f"the connection to the store of {place} failed ({reason}); run the same command again: finished work is "
             "kept"
@@ -103,7 +104,7 @@ def _explain(name: BucketName, file: str, error: Exception) -> Exception:
     return PlanError("{place}: {found}", place=place, found=reason)
 
 
-def status_in(reason: str) -> int | None:
+def _status_in(reason: str) -> int | None:
     """The status in the library's message about an answer that it does not expect, None without one."""
     _, found, rest = reason.partition("status code: ")
     return int(rest[:3]) if found and rest[:3].isdigit() else None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +19,7 @@ import xxhash
 from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.machine.resources import cache_folder
-from mergekit_lfm.store.buckets.client import import_obstore, open_store, translated
+from mergekit_lfm.store.buckets.client import again, import_obstore, open_store
 from mergekit_lfm.store.buckets.names import BucketName
 from mergekit_lfm.store.files import open_file
 from mergekit_lfm.store.folder import leads_away
@@ -66,6 +66,10 @@ class BucketSnapshot(Snapshot):
             for name in lacking:
                 self._bring(name, pool, advance)
 
+    def copy_to(self, folder: Path, names: Iterable[str]) -> None:
+        """Copy files into another folder, past the cache."""
+        replace(self, folder=folder).fetch([*names])
+
     def _bring(self, name: str, pool: ThreadPoolExecutor, advance: Callable[[int], None]) -> None:
         """Copy a file into the cache; if another process does so now, wait for it."""
         path, size = self.folder / name, self._size(name)
@@ -100,8 +104,8 @@ class BucketSnapshot(Snapshot):
 
     def read_range(self, name: str, start: int, stop: int) -> memoryview:
         options: dict[str, Any] = {"range": (start, stop), "if_match": self.tags[name]}
-        with translated(self.name, name):
-            data = memoryview(import_obstore().get(open_store(self.name), name, options=options).bytes())
+        obstore, store = import_obstore(), open_store(self.name)
+        data = memoryview(again(self.name, name, lambda: obstore.get(store, name, options=options).bytes()))
         if len(data) != stop - start:
             sentence = "{place}: found {found} bytes, expected {expected}; {cure}"
             numbers = {"found": f"{len(data):,}", "expected": f"{stop - start:,}"}
@@ -138,8 +142,9 @@ def find_in_bucket(name: BucketName) -> BucketSnapshot:
 
 def list_folder(name: BucketName) -> dict[str, tuple[int, str]]:
     """The sizes and tags of the files in a folder of a bucket, by name. Raises as `find_in_bucket` does."""
-    files = dict[str, tuple[int, str]]()
-    with translated(name):
+
+    def look() -> dict[str, tuple[int, str]]:
+        files = dict[str, tuple[int, str]]()
         for page in import_obstore().list(open_store(name)):
             for entry in page:
                 path = str(entry["path"])
@@ -149,10 +154,8 @@ def list_folder(name: BucketName) -> dict[str, tuple[int, str]]:
                     raise FormatError(f"{name}: the store lists {path!r:.80}, which is no file with a tag")
                 files[path] = int(entry["size"]), str(entry["e_tag"])
             if len(files) > MOST_FILES:
-                raise PlanError(
-                    "{place} has {found} files; {cure}", place=name, found=f"over {MOST_FILES:,}", cure=_DEEPER
-                )
-    return files
+                found, cure = f"over {MOST_FILES:,} files", "give the address of the model's own folder"
+                raise PlanError("{place} has {found}; {cure}", place=name, found=found, cure=cure)
+        return files
 
-
-_DEEPER = "give the address of the model's own folder"
+    return dict(again(name, "", look))
