@@ -96,12 +96,22 @@ class LocalHandler(BaseHTTPRequestHandler):
 class RangeServer(LocalServer):
     """S3 for reading: the buckets are the folders in `folder`.
 
-    Each answer starts `latency_s` after its request; a connection carries at most `bytes_per_s`.
+    Each answer starts `latency_s` after its request; all connections together carry at most `bytes_per_s`.
     """
 
     def __init__(self, folder: Path, latency_s: float = 0.0, bytes_per_s: float | None = None) -> None:
         super().__init__(_Objects)
         self.folder, self.latency_s, self.bytes_per_s = folder.resolve(), latency_s, bytes_per_s
+        self._free_at = 0.0  # the time at which the link has carried all that it was given
+
+    def carry(self, nbytes: int) -> None:
+        """Return when the link has carried so many bytes more."""
+        if self.bytes_per_s is None:
+            return
+        with self.lock:
+            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self.bytes_per_s
+            wait = self._free_at - time.monotonic()
+        self.closing.wait(max(0.0, wait))
 
 
 class _Objects(LocalHandler):
@@ -149,16 +159,13 @@ class _Objects(LocalHandler):
 
     def _pour(self, source: int, start: int, stop: int) -> None:
         """Copy bytes [start, stop) of a file to the client, no faster than the link."""
-        rate = self.server.bytes_per_s
-        most = 1 << 20 if rate is None else max(1, min(1 << 20, int(rate / 50)))  # a link gets 50 pieces a second
-        began, at = time.monotonic(), start
+        at = start
         while at < stop and not self.server.closing.is_set():
-            sent = os.sendfile(self.connection.fileno(), source, at, min(most, stop - at))
+            sent = os.sendfile(self.connection.fileno(), source, at, min(1 << 20, stop - at))
             if sent == 0:  # the file has become shorter
                 break
             at += sent
-            if rate is not None:
-                self.server.closing.wait(max(0.0, began + (at - start) / rate - time.monotonic()))
+            self.server.carry(sent)
         self.close_connection |= at < stop
 
 
