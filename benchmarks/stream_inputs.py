@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 from urllib.request import urlopen
 
 import torch
@@ -67,7 +68,7 @@ def merging(method: str, folder: Path, *, stream: bool) -> Callable[[], None]:
     from mergekit_lfm.store.buckets.client import open_store
 
     refs = [f"s3://{BUCKET}/{name}" for name in "ab"]
-    recipe = {"merge_method": method, "models": [{"model": ref} for ref in refs]}
+    recipe: dict[str, Any] = {"merge_method": method, "models": [{"model": ref} for ref in refs]}
     recipe |= {"linear": {"parameters": {"weight": 0.5}}, "slerp": {"parameters": {"t": 0.5}}}.get(method, {})
     if method != "linear":
         recipe["base_model"] = refs[0]

@@ -75,7 +75,7 @@ def ask(url: str, method: str, path: str) -> bytes:
 class Proxy(LocalServer):
     """Passes requests on to `upstream`, waits `latency_s` before each, and does what `faults` says.
 
-    `faults` is a list of which each request takes the first entry off (None, or an empty list: no fault), or a function
+    `faults` is a list whose first entry each request takes off (None, or an empty list: no fault), or a function
     of method, path and headers, called from several threads. The faults:
 
     - "403", "429", "500", "503": refuse with this status and S3's error document; upstream sees nothing;

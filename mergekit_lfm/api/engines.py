@@ -109,9 +109,9 @@ def check_part(part: tuple[int, int] | None, planned: PlannedMerge, *, resume: b
         raise PlanError("a merge is not shared by several runs, as {found}; {cure}", found=found[0], cure=cure)
 
 
-def check_site(engine: str, ray_address: str | None, planned: PlannedMerge) -> None:
+def check_site(ray_address: str | None, planned: PlannedMerge) -> None:
     """Raise PlanError if the output is to be made in a folder that the engine's nodes do not see."""
-    if planned.staged and engine == "ray" and ray_address != LOCAL:
+    if planned.staged and ray_address not in (None, LOCAL):
         sentence = "OUT is in a bucket, and would be made in the cache, which other nodes of {found} do not see; {cure}"
         cure = "give a folder that they all see as OUT, and --push-to with the address"
         raise PlanError(sentence, found=ray_address, cure=cure)

@@ -89,12 +89,13 @@ def find_in_place(planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: b
 def push_merged(
     outcome: Outcome[Merged], planned: PlannedMerge, verify: bool, progress: Progress, started: float
 ) -> Outcome[Merged]:
-    """Push the merged checkpoint, as `check_goal` allowed; the outcome with the push, and the seconds since `started`.
+    """Push the merged checkpoint as `check_goal` allowed; the outcome with the push and the seconds since `started`.
 
-    A folder of the cache in which it was made is then removed.
+    A folder of the cache in which it was made is then removed. Without a goal it is the outcome itself.
     """
     goal = planned.goal
-    assert goal is not None
+    if goal is None:
+        return outcome
     pushed: Pushed
     if (bucket := bucket_name(goal.repo)) is not None:
         from mergekit_lfm.output.push_bucket import push_into_bucket

@@ -55,21 +55,20 @@ def merge(
 ) -> Outcome[Merged]:
     """Merge checkpoints as a recipe says (a YAML file, its text or data, a `Recipe`, or the result of `plan_merge`).
 
-    out: by default the recipe's `output`, else `merged/<name of the recipe file>`; for an address in a bucket the
-    result is made in the cache and pushed there. memory and max_shard_size: bytes, or text such as "4GB". heads, and
-    device ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn" notes NaN and infinity in the lock
-    and as a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a repository on the Hub, or
-    an address in a bucket, that the result is pushed to, in place of the recipe's `push`; private: the repository has
-    to be; verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown:
-    keys of the recipe that are unknown are warnings in place of errors. drop_stages: remove the results of the recipe's
-    earlier stages once OUT is complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local":
-    of one for this run); memory and threads are then of one node. part: (i, n) does the i-th of n parts; others do
-    theirs wherever the same files are seen, and the last to end makes OUT. stream_inputs: read models on the Hub and in
-    buckets by ranges instead of downloading them. on_merged is called when OUT is there, before the push.
+    out: by default the recipe's `output`, else `merged/<name of the recipe file>`; at an address in a bucket the result
+    is made in the cache and pushed there. memory and max_shard_size: bytes, or text such as "4GB". heads, and device
+    ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn" notes NaN and infinity in the lock and as
+    a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a repository on the Hub, or an
+    address in a bucket, for the result, in place of the recipe's `push`; private: the repository has to be;
+    verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown: unknown
+    keys of the recipe are warnings. drop_stages: remove the results of the recipe's earlier stages once OUT is
+    complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local": of one for this run);
+    memory and threads are then of one node. part: (i, n) does the i-th of n parts; others do theirs wherever the same
+    files are seen, and the last to end makes OUT. stream_inputs: read models on the Hub and in buckets by ranges
+    instead of downloading them. on_merged is called when OUT is there, before the push.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
-    can be known then; ConnectionError if the Hub cannot be reached. Calling it again after an interruption goes on
-    where it stopped.
+    can be known then; ConnectionError if the Hub cannot be reached. Called again, it goes on where it stopped.
     """
     started = time.monotonic()
     check_engine(engine, ray_address)
@@ -78,19 +77,25 @@ def merge(
         how |= {"card": card, "push_to": push_to, "private": private, "allow_unknown": allow_unknown}
         recipe = plan_merge(recipe, out, **how).result
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume, "part": part}
-    run |= {"trust_times": trust_times, "compile": compile, "progress": progress}
-    run |= {"engine": engine, "ray_address": ray_address, "stream_inputs": stream_inputs}
-    check_part(part, recipe, resume=resume, engine=engine)
-    check_site(engine, ray_address, recipe)
-    if (there := find_in_place(recipe, run, overwrite=overwrite)) is not None:
+    run |= {"trust_times": trust_times, "compile": compile, "engine": engine, "ray_address": ray_address}
+    run |= {"stream_inputs": stream_inputs, "progress": progress}
+    if (there := _check(recipe, run, overwrite=overwrite)) is not None:
         return there
-    check_goal(recipe, overwrite=overwrite)
     outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
     if on_merged is not None and not outcome.result.waiting:
         on_merged(outcome)
-    if recipe.goal is None or outcome.result.waiting or (part is not None and outcome.already_there):
-        return outcome  # of a part: another has made OUT, and pushes it
-    return push_merged(outcome, recipe, verify_push, progress, started)
+    by_other = outcome.result.waiting or (part is not None and outcome.already_there)  # another part pushes
+    return outcome if by_other else push_merged(outcome, recipe, verify_push, progress, started)
+
+
+def _check(planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool) -> Outcome[Merged] | None:
+    """The outcome of a merge whose output is in its bucket already; else None, if nothing forbids the work."""
+    check_part(run["part"], planned, resume=run["resume"], engine=run["engine"])
+    check_site(run["ray_address"], planned)
+    there = find_in_place(planned, run, overwrite=overwrite)
+    if there is None:
+        check_goal(planned, overwrite=overwrite)
+    return there
 
 
 def _merge_planned(

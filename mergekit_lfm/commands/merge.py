@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mergekit_lfm.api.outcome import Outcome
     from mergekit_lfm.api.planned import Merged, Planned
 
+# The options that are about the work, and that `run_recipe` takes as they are.
+OF_WORK = ("nan", "trust_times", "engine", "ray_address", "stream_inputs", "drop_stages")
+
 
 @click.command(
     cls=MergekitCommand,
@@ -107,20 +110,14 @@ def merge(
     threads: int | None,
     private: bool,
     pull_back: bool,
-    nan: Literal["error", "warn"],
     compile_: Literal["auto", "always", "never"],
     no_card: bool,
     overwrite: bool,
     no_resume: bool,
-    trust_times: bool,
-    engine: str,
-    ray_address: str | None,
     partition: tuple[int, int] | None,
-    stream_inputs: bool,
-    drop_stages: bool,
     dry_run: bool,
     verbose: bool,
-    **where: Any,
+    **options: Any,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT.
 
@@ -138,25 +135,24 @@ def merge(
     from mergekit_lfm.commands.show.terminal import tell
 
     console.warn(mergekit_notices(click.get_current_context()))
-    check_engine(engine, ray_address)
+    how = {name: options.pop(name) for name in OF_WORK}
+    check_engine(how["engine"], how["ray_address"])
     with transfers(hidden=console.hidden):
         with lasting():
-            planned = plan_recipe(read_recipe(recipe), out, private=private, card=not no_card, **where).result
+            planned = plan_recipe(read_recipe(recipe), out, private=private, card=not no_card, **options).result
         refuse_idle_options(planned)
         paths = planned.plan.request.paths.values() if isinstance(planned, PlannedJob) else planned.plan.paths
         console.keep_apart([planned.out, *paths])
         _need_push(planned, private=private, verify=pull_back)
-        if stream_inputs and not isinstance(planned, PlannedJob):
+        if how["stream_inputs"] and not isinstance(planned, PlannedJob):
             stream_models(planned.plan, memory)
         if dry_run:
             show_plan(console, planned, memory, threads, verbose)
         if verbose:
             tell(plan_texts(planned, memory, threads, verbose=True))
-        how: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "trust_times": trust_times}
-        how |= {"overwrite": overwrite, "resume": not no_resume, "compile": compile_, "verify_push": pull_back}
-        how |= {"drop_stages": drop_stages, "engine": engine, "ray_address": ray_address, "progress": console.progress}
-        how["stream_inputs"] = stream_inputs
-        how |= _part_of(console, planned, partition, threads, engine)
+        how |= {"memory": memory, "threads": threads, "overwrite": overwrite, "resume": not no_resume}
+        how |= {"compile": compile_, "verify_push": pull_back, "progress": console.progress}
+        how |= _part_of(console, planned, partition, threads, how["engine"])
         digest = None if isinstance(planned, PlannedJob) else planned.plan.digest
         with going_on_later(planned.out, digest):
             outcome = run_recipe(planned, on_merged=partial(_show_outcome, console), **how)

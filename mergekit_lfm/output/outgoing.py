@@ -1,4 +1,4 @@
-"""What goes out with a saved model, to the Hub or into a bucket, and what came of it.
+"""The files that go out with a saved model, to the Hub or into a bucket, and the result of a push.
 
 Nothing that names this machine goes out, and nothing that looks like a token.
 """

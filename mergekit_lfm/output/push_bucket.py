@@ -1,7 +1,7 @@
 """Push a saved model into a folder of a bucket. It has no commits, so the lock goes there last, and is deleted first.
 
-While files are on their way a mark is there. It says of which merge they are, and shows before the work that the store
-takes files at all. Nothing is deleted that is not of an earlier push.
+While files are on their way a mark is there. It names their merge, and shows before the work that the store takes
+files at all. Nothing is deleted that is not of an earlier push.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _mark(name: BucketName, plan: str | None) -> None:
 def push_into_bucket(
     folder: Path, name: BucketName, *, overwrite: bool = False, pull_back: bool = False, progress: Progress = SILENCE
 ) -> Pushed:
-    """Push the model in a folder; what is there already with the same bytes is not sent again.
+    """Push the model in a folder; files that are there already with the same bytes are not sent again.
 
     overwrite: the place may hold another model; files of its lock, and weights, that the new one does not have are
     deleted. pull_back: download the model again and compare it with its lock. Raises as `output.push.push` does; a push

@@ -177,7 +177,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def stream(self, most: int) -> None:
         """Read files that are elsewhere by ranges from now on, instead of bringing them into the cache.
 
-        most: bytes to keep of what was read and is read ahead.
+        most: bytes of them to keep at a time, with those that are read ahead.
         """
         absent = [file for file in self.files if file.absent]
         if absent and self.snapshot is not None:

@@ -24,7 +24,7 @@ AT_ONCE = 16  # requests
 
 
 class RangeReader:
-    """Reads files of a snapshot by ranges. most: bytes of chunks to keep, of which it keeps some in any case.
+    """Reads files of a snapshot by ranges. most: bytes of chunks to keep; some it keeps in any case.
 
     A pickled copy begins without chunks. Safe for several threads.
     """

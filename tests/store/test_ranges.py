@@ -57,7 +57,7 @@ def read(reader: RangeReader, name: str, start: int, stop: int) -> bytes:
     return bytes(into)
 
 
-def test_any_range_is_what_the_file_has_there() -> None:
+def test_any_range_has_the_bytes_of_the_file() -> None:
     reader, draw = RangeReader(Memory(), FILES, 8 * 512), random.Random(1)
 
     def look(_: int) -> bool:
@@ -80,7 +80,7 @@ def test_a_file_that_is_read_on_is_requested_ahead_each_chunk_once() -> None:
     assert sorted(memory.asked) == [("4.bin", start, min(start + 512, 20_011)) for start in range(0, 20_011, 512)]
 
 
-def test_it_runs_on_into_the_next_file() -> None:
+def test_a_reader_runs_on_into_the_next_file() -> None:
     memory = Memory()
     reader = RangeReader(memory, FILES, 32 * 512)
     read(reader, "2.bin", 0, 4_000)

@@ -41,5 +41,5 @@ def bucket_name(text: str) -> BucketName | None:
 
 
 def is_address(text: str) -> bool:
-    """True for a text that begins as an address does, even if it is none."""
+    """True for a text that begins as an address does."""
     return text.startswith(("s3://", "gs://", "az://"))

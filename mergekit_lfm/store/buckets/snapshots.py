@@ -151,7 +151,7 @@ def list_folder(name: BucketName) -> dict[str, tuple[int, str]]:
                 if path.endswith("/") or not path:  # stands for a folder
                     continue
                 if leads_away(path) or not entry["e_tag"]:
-                    raise FormatError(f"{name}: the store lists {path!r:.80}, which is no file with a tag")
+                    raise FormatError(f"{name}: the store lists {path!r:.80}, which is not a file with a tag")
                 files[path] = int(entry["size"]), str(entry["e_tag"])
             if len(files) > MOST_FILES:
                 found, cure = f"over {MOST_FILES:,} files", "give the address of the model's own folder"
