@@ -58,17 +58,16 @@ def merge(
     out: by default the recipe's `output`, else `merged/<name of the recipe file>`; at an address in a bucket the result
     is made in the cache and pushed there. memory and max_shard_size: bytes, or text such as "4GB". heads, and device
     ("cpu", "cuda", "cuda:1" or "auto"): in place of the recipe's. nan: "warn" notes NaN and infinity in the lock and as
-    a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: a repository on the Hub, or an
-    address in a bucket, for the result, in place of the recipe's `push`; private: the repository has to be;
-    verify_push: download it again and compare it with its lock. card: False for no model card. allow_unknown: unknown
-    keys of the recipe are warnings. drop_stages: remove the results of the recipe's earlier stages once OUT is
-    complete. engine: "ray" has the nodes of the cluster at ray_address do the work ("local": of one for this run);
-    memory and threads are then of one node. part: (i, n) does the i-th of n parts; others do theirs wherever the same
-    files are seen, and the last to end makes OUT. stream_inputs: read models on the Hub and in buckets by ranges
-    instead of downloading them. on_merged is called when OUT is there, before the push.
+    a warning, "error" refuses them. trust_times, compile: as of `execute`. push_to: where the result is pushed, on the
+    Hub or in a bucket, in place of the recipe's `push`; private: a repository has to be; verify_push: download it again
+    and compare it with its lock. card: False for no model card. allow_unknown: unknown keys are warnings. drop_stages:
+    remove the results of the recipe's earlier stages once OUT is complete. engine: "ray" has the nodes of the cluster
+    at ray_address do the work ("local": of one for this run); memory and threads are then of one node. part: (i, n)
+    does the i-th of n parts; others do theirs wherever the same files are seen, and the last to end makes OUT.
+    stream_inputs: read models elsewhere by ranges, without a copy. on_merged is called when OUT is there.
 
     Raises PlanError or FormatError (both ValueError) with everything that is wrong, before anything is written if it
-    can be known then; ConnectionError if the Hub cannot be reached. Called again, it goes on where it stopped.
+    can be known then; ConnectionError if the Hub cannot be reached. Called again, it goes on.
     """
     started = time.monotonic()
     check_engine(engine, ray_address)
@@ -79,12 +78,12 @@ def merge(
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume, "part": part}
     run |= {"trust_times": trust_times, "compile": compile, "engine": engine, "ray_address": ray_address}
     run |= {"stream_inputs": stream_inputs, "progress": progress}
-    if (there := _check(recipe, run, overwrite=overwrite)) is not None:
+    if there := _check(recipe, run, overwrite=overwrite):
         return there
     outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
     if on_merged is not None and not outcome.result.waiting:
         on_merged(outcome)
-    by_other = outcome.result.waiting or (part is not None and outcome.already_there)  # another part pushes
+    by_other = outcome.result.waiting or (part is not None and outcome.already_there)
     return outcome if by_other else push_merged(outcome, recipe, verify_push, progress, started)
 
 
