@@ -33,5 +33,10 @@ def printable_message(text: object) -> str:
     return "\n".join(map(printable_line, OUR_BREAK.split(str(text))))
 
 
+def strip_queries(text: str) -> str:
+    """The text with the query strings of its URLs removed: they may hold signatures."""
+    return re.sub(r"(https?://[^\s?]*)\?[^\s)]*", r"\1", text)
+
+
 def _escape(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")

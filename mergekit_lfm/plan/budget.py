@@ -133,7 +133,8 @@ class Budget:
         name, largest = self._largest
         if largest > share:
             fixed = self.resident_views
-            views = f", less {fixed / 1e6:,.0f} MB for transforms and patches," if fixed else ""
+            taken = f"{fixed / 1e6:,.0f} MB for transforms, patches and models that are streamed"
+            views = f", less {taken}," if fixed else ""
             raise PlanError(
                 f"{name} needs {largest / 1e6:,.0f} MB for one worker, a budget of {memory / 1e6:,.0f} MB{views} gives "
                 f"each of {threads} {max(0, share) / 1e6:,.0f} MB: raise --memory, lower --threads"

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from mergekit_lfm.errors import FormatError, PlanError
-from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.machine.text import printable_line, strip_queries
 from mergekit_lfm.store.buckets.names import BucketName
 
 TRIES, PAUSE_S = 3, 1.0  # of requests that the library does not make again, and the pause before the second
@@ -113,4 +113,4 @@ def _status_in(reason: str) -> int | None:
 def _reason(error: Exception) -> str:
     """The library's message in a line, without what it says for its own developers."""
     text = str(error).split("\n\nDebug source:")[0]
-    return printable_line(" ".join(text.split()))[:400]
+    return printable_line(strip_queries(" ".join(text.split())))[:400]

@@ -36,7 +36,7 @@ except ImportError:  # not available for every platform
     hf_xet = None
 
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.machine.text import printable_line
+from mergekit_lfm.machine.text import printable_line, strip_queries
 from mergekit_lfm.version import __version__
 
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]  # of the client's HTTP library: httpx, or its successor
@@ -179,11 +179,6 @@ def _server_message(error: Exception) -> str:
 def _in_brackets(error: Exception) -> str:
     message = _server_message(error)
     return f" ({message})" if message else ""
-
-
-def strip_queries(text: str) -> str:
-    """The text with the query strings of its URLs removed: they may hold signatures."""
-    return re.sub(r"(https?://[^\s?]*)\?[^\s)]*", r"\1", text)
 
 
 def _wait(error: Any) -> str:
