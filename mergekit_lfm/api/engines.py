@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from mergekit_lfm.errors import PlanError, did_you_mean
 from mergekit_lfm.machine.accelerators import Accelerator, accelerator_of
 from mergekit_lfm.machine.devices import find_gpu
-from mergekit_lfm.machine.resources import default_memory
+from mergekit_lfm.machine.resources import default_memory, default_threads
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.planned import PlannedMerge
@@ -117,10 +117,10 @@ def check_site(ray_address: str | None, planned: PlannedMerge) -> None:
         raise PlanError(sentence, found=ray_address, cure=cure)
 
 
-def stream_models(plan: Plan, memory: int | None) -> None:
-    """Have the plan's models that are elsewhere read by ranges, in at most an eighth of the memory."""
+def stream_models(plan: Plan, memory: int | None, threads: int | None) -> None:
+    """Have the plan's models that are elsewhere read by ranges, in about an eighth of the memory."""
     for model in plan.models:
-        model.stream((memory or default_memory()) // (8 * len(plan.models)))
+        model.stream((memory or default_memory()) // (8 * len(plan.models)), threads or default_threads())
 
 
 def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:

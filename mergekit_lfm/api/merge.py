@@ -121,7 +121,7 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
     own = {"compile": rest.pop("compile"), "part": rest.pop("part")}
     own["engine"] = find_engine(rest.pop("engine"), rest.pop("ray_address"))
     if rest.pop("stream_inputs"):
-        stream_models(plan, rest["memory"])
+        stream_models(plan, rest["memory"], rest["threads"])
     if plan.pending or plan.unedited or plan.absent:
         from mergekit_lfm.api.prepare import prepare
 

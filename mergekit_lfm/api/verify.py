@@ -81,7 +81,7 @@ def verify_output(
     if planned is not None and lock.intact:
         names, more = _compare_inputs(planned, lock, sample, as_bytes(memory), threads, progress)
         differences += more
-    others = () if snapshot is None else ("files on the Hub that the lock does not name",)
+    others = () if snapshot is None else ("files there that the lock does not name",)
     inputs = (INPUTS_NOT_COVERED,) if planned is None else ()
     verified = Verified(tuple(differences), (*inputs, *NOT_COVERED, *others), nbytes, tuple(names))
     return Outcome(folder, verified, lock.plan, seconds=time.monotonic() - started)

@@ -145,7 +145,7 @@ def merge(
         console.keep_apart([planned.out, *paths])
         _need_push(planned, private=private, verify=pull_back)
         if how["stream_inputs"] and not isinstance(planned, PlannedJob):
-            stream_models(planned.plan, memory)
+            stream_models(planned.plan, memory, threads)
         if dry_run:
             show_plan(console, planned, memory, threads, verbose)
         if verbose:

@@ -174,16 +174,16 @@ class Checkpoint(Mapping[str, TensorSpec]):
             self.read_into(name, start, bytes_of(result))
         return result
 
-    def stream(self, most: int) -> None:
+    def stream(self, most: int, readers: int) -> None:
         """Read files that are elsewhere by ranges from now on, instead of bringing them into the cache.
 
-        most: bytes of them to keep at a time, with those that are read ahead.
+        most: bytes of them to keep at a time, with those that are read ahead. readers: threads that read.
         """
         absent = [file for file in self.files if file.absent]
         if absent and self.snapshot is not None:
             from mergekit_lfm.store.ranges import RangeReader
 
-            reader = RangeReader(self.snapshot, [file.name for file in absent], most)
+            reader = RangeReader(self.snapshot, [file.name for file in absent], most, readers)
             for file in absent:
                 file.ranges = reader
 

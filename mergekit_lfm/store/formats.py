@@ -274,7 +274,7 @@ def open_weight_files(paths: Sequence[Path], snapshot: Snapshot | None, address:
         def open_file(path: Path) -> WeightFile:
             if path not in heads or path in archives:
                 return _open_file(path, snapshot, address)
-            header = parse_header(Path(f"{snapshot}/{names[path]}"), *heads[path])
+            header = parse_header(f"{snapshot}/{names[path]}", *heads[path])
             return WeightFile(path, header.tensors, header.data_start, snapshot)
 
         return list(pool.map(open_file, paths))

@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
         return parse_header(path, prefix + file.read(length if length <= min(size, MAX_HEADER) else HEAD), size)
 
 
-def parse_header(path: Path, head: bytes, size: int) -> Header:
+def parse_header(path: Path | str, head: bytes, size: int) -> Header:
     """The header in the first bytes of a file of `size` bytes; messages name `path`. Raises as `read_header` does."""
     length, kind = int.from_bytes(head[:8], "little"), kind_of(head)
     if kind not in (SAFETENSORS, ""):
@@ -154,7 +154,7 @@ def parse_header(path: Path, head: bytes, size: int) -> Header:
     return Header({spec.name: (spec, start + begin) for spec, begin, _ in placed}, metadata, start, size)
 
 
-def _read_entries(path: Path, raw: bytes) -> dict[str, Any]:
+def _read_entries(path: Path | str, raw: bytes) -> dict[str, Any]:
     """The entries of a header."""
     try:
         entries = json.loads(
@@ -223,7 +223,7 @@ def _not_safetensors(head: bytes, size: int, length: int) -> tuple[str, str]:
     return f"not a safetensors file, or truncated: the header would have {length:,} bytes, the file has {size:,}", ""
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+def _entry(path: Path | str, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     try:
         code, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if type(code) is not str or type(shape) is not list or {*map(type, shape), type(begin), type(stop)} != {int}:

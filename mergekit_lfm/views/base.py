@@ -113,9 +113,9 @@ class View(Checkpoint):
         for inner in self.inners:
             inner.fetch(progress)
 
-    def stream(self, most: int) -> None:
+    def stream(self, most: int, readers: int) -> None:
         for inner in self.inners:
-            inner.stream(most)
+            inner.stream(most, readers)
 
     @property
     def absent(self) -> dict[str, int]:

@@ -54,7 +54,8 @@ def models(tmp_path: Path) -> list[Path]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and parts so small that even these files have several, and no pauses."""
-    monkeypatch.setattr(ranges, "CHUNK", 50_000)
+    monkeypatch.setattr(ranges, "LARGEST", 50_000)
+    monkeypatch.setattr(ranges, "SMALLEST", 50_000)
     monkeypatch.setattr(snapshots, "CHUNK", 100_000)
     monkeypatch.setattr(client, "PAUSE_S", 0.01)
 
@@ -213,7 +214,7 @@ def test_other_processes_and_other_runs_read_by_ranges(
     for number in (2, 1):
         merge(recipe, tmp_path / "parts", part=(number, 2), card=False, stream_inputs=True)
     plan = plan_merge(recipe, card=False, out=tmp_path / "processes").result.plan
-    stream_models(plan, None)
+    stream_models(plan, None, 2)
     execute(plan, tmp_path / "processes", threads=2, engine=on(Processes()))
     for out in ("parts", "processes"):
         assert weights(files_of(tmp_path / out)) == expected

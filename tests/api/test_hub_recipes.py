@@ -344,7 +344,7 @@ def test_the_room_for_all_models_is_checked_before_the_first_is_fetched(
 def test_models_on_the_hub_are_read_by_ranges(
     models: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lfm.store.ranges.CHUNK", 30_000)
+    monkeypatch.setattr("mergekit_lfm.store.ranges.LARGEST", 30_000)
     merge("recipe.yaml", "streamed", stream_inputs=True)
     assert not [*(tmp_path / "client").rglob("*.safetensors")]
     answers = [r for r in models.requests if r.path.startswith("/blob/")]
@@ -357,7 +357,7 @@ def test_models_on_the_hub_are_read_by_ranges(
 
 
 def test_a_server_without_ranges_cannot_stream(models: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_lfm.store.ranges.CHUNK", 30_000)
+    monkeypatch.setattr("mergekit_lfm.store.ranges.LARGEST", 30_000)
     planned = plan_merge("recipe.yaml", "out").result
     models.fault("GET", "/blob/", status=200, body=b"x" * 300_000, times=None)
     with pytest.raises(PlanError, match="does not answer requests for a range of bytes; leave --stream-inputs out"):

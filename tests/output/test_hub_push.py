@@ -66,7 +66,7 @@ def test_two_models_on_the_hub_are_merged_pushed_pulled_and_verified_in_one_comm
     assert len([line for line in writes(server) if "/commit/" in line]) == 1
     assert TOKEN not in result.output and TOKEN not in "".join(map(repr, files_of(Path("out")).values()))
     again = answer(run("verify", REPO, "--json"))
-    assert "files on the Hub that the lock does not name" in again.pop("not_covered")
+    assert "files there that the lock does not name" in again.pop("not_covered")
     assert (again["out"], again["good"], again["problems"]) == (REPO, True, [])
 
 

@@ -48,7 +48,8 @@ class Memory(Snapshot):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "CHUNK", 512)
+    monkeypatch.setattr(ranges, "LARGEST", 512)
+    monkeypatch.setattr(ranges, "SMALLEST", 128)
 
 
 def read(reader: RangeReader, name: str, start: int, stop: int) -> bytes:
@@ -58,7 +59,7 @@ def read(reader: RangeReader, name: str, start: int, stop: int) -> bytes:
 
 
 def test_any_range_has_the_bytes_of_the_file() -> None:
-    reader, draw = RangeReader(Memory(), FILES, 8 * 512), random.Random(1)
+    reader, draw = RangeReader(Memory(), FILES, 16 * 512, readers=4), random.Random(1)
 
     def look(_: int) -> bool:
         name = draw.choice(list(FILES))
@@ -67,8 +68,8 @@ def test_any_range_has_the_bytes_of_the_file() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(look, range(500)))
-    assert len(reader._chunks) <= 8
-    assert reader.resident == 8 * 512
+    assert len(reader._chunks) <= 16
+    assert reader.resident == 16 * 512
     assert all(read(reader, name, 0, len(data)) == data for name, data in FILES.items())
 
 
@@ -78,6 +79,19 @@ def test_a_file_that_is_read_on_is_requested_ahead_each_chunk_once() -> None:
     parts = [(start, min(start + 100, 20_011)) for start in range(0, 20_011, 100)]
     assert b"".join(read(reader, "4.bin", *part) for part in parts) == FILES["4.bin"]
     assert sorted(memory.asked) == [("4.bin", start, min(start + 512, 20_011)) for start in range(0, 20_011, 512)]
+
+
+@pytest.mark.parametrize("most", [0, 4_000, 30_000])
+def test_many_readers_ask_for_little_twice(most: int) -> None:
+    """Each reads its own part on, in pieces smaller than a chunk, by turns."""
+    memory = Memory()
+    reader = RangeReader(memory, FILES, most, readers=8)
+    starts = range(0, 20_000, 2_500)
+    for step in range(0, 2_500, 50):
+        for start in starts:
+            assert read(reader, "4.bin", start + step, start + step + 50) == FILES["4.bin"][start + step :][:50]
+    assert len(memory.asked) <= 1.5 * len({*memory.asked})  # twice where one reader's part ends and another's begins
+    assert reader.resident <= max(most, 26 * reader.chunk)
 
 
 def test_a_reader_runs_on_into_the_next_file() -> None:

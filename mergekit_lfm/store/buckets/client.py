@@ -8,6 +8,7 @@ off.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.machine.text import printable_line, strip_queries
 from mergekit_lfm.store.buckets.names import BucketName
 
-TRIES, PAUSE_S = 3, 1.0  # of requests that the library does not make again, and the pause before the second
+TRIES, PAUSE_S = 2, 1.0  # of requests that the library does not make again, and the pause before the second
+SILENCE_S = 15  # without a byte of an answer
+READING_S, SENDING_S = 30, 180  # to try a request again
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+VARIABLES = re.compile(r"(AWS|GOOGLE|AZURE)_[A-Z_0-9]+")
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key's file, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
@@ -38,19 +42,45 @@ def import_obstore() -> Any:
 
 
 @lru_cache(maxsize=64)
-def open_store(name: BucketName) -> Any:
-    """The client of a folder in a bucket; its requests name files in that folder. Sends nothing."""
+def open_store(name: BucketName, *, sending: bool = False) -> Any:
+    """The client of a folder in a bucket; its requests name files in that folder. Sends nothing itself.
+
+    sending: for requests that send files, whose answers begin late. Raises PlanError for settings that cannot be.
+    """
     import_obstore()
-    options: dict[str, Any] = {"connect_timeout": timedelta(seconds=10), "read_timeout": timedelta(seconds=20)}
-    options["timeout"] = timedelta(minutes=10)  # for a whole answer, which may be slow
-    config: dict[str, Any] = {}
-    endpoint = next((os.environ[key] for key in ENDPOINTS if os.environ.get(key)), "")
-    if name.scheme == "s3" and endpoint:
-        config["endpoint"] = endpoint
-        options["allow_http"] = endpoint.startswith("http://")
-    with translated(name):
-        stores = import_module("obstore.store")
-        return stores.from_url(str(name), config=config or None, client_options=options)
+    stores, endpoint = import_module("obstore.store"), _endpoint()
+    options: dict[str, Any] = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
+    if not sending:
+        options["read_timeout"] = timedelta(seconds=SILENCE_S)
+    retry = {"max_retries": 8, "retry_timeout": timedelta(seconds=SENDING_S if sending else READING_S)}
+    how: dict[str, Any] = {"client_options": options, "retry_config": retry}
+    try:
+        if name.scheme == "gs":
+            return stores.GCSStore(name.bucket, prefix=name.path, **how)
+        if name.scheme == "az":
+            container, _, path = name.path.partition("/")
+            return stores.AzureStore(container, account_name=name.bucket, prefix=path or None, **how)
+        if endpoint:
+            how["endpoint"], options["allow_http"] = endpoint, endpoint.lower().startswith("http://")
+        return stores.S3Store(name.bucket, prefix=name.path, **how)
+    except Exception as error:
+        sentence = "{place}: the settings for its store cannot be used: {found}; {cure}"
+        raise PlanError(sentence, place=name, found=_reason(error), cure=CREDENTIALS[name.scheme]) from None
+
+
+def _endpoint() -> str:
+    """The address of a store of one's own, "" without one. Raises PlanError if it, or another setting, is malformed."""
+    for key, value in os.environ.items():
+        if VARIABLES.fullmatch(key) and not (value.isprintable() and value.isascii() and value.strip() == value):
+            raise PlanError(
+                "{place} {found}; {cure}", place=key, found="has a space or a line break", cure="set it anew"
+            )
+    key = next((key for key in ENDPOINTS if os.environ.get(key)), "")
+    endpoint = os.environ.get(key, "")
+    if key and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#@]*)?", endpoint, re.IGNORECASE):
+        expected = "http://HOST:PORT or https://HOST"
+        raise PlanError("{place} is not an address, expected {expected}", place=key, expected=expected)
+    return endpoint
 
 
 def again(name: BucketName, file: str, request: Callable[[], Any]) -> Any:
@@ -74,7 +104,9 @@ def translated(name: BucketName, file: str = "") -> Iterator[None]:
     except FileNotFoundError:
         sentence = "{place}: found nothing there; {cure}"
         raise PlanError(sentence, place=_place(name, file), cure="give the address of a folder or a file") from None
-    except Exception as error:
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the library's own language
+            raise PlanError("{place}: {found}", place=_place(name, file), found=_reason(error)) from None
         if not type(error).__module__.startswith("obstore"):
             raise
         raise _explain(name, file, error) from None
@@ -84,7 +116,7 @@ def _place(name: BucketName, file: str) -> str:
     return f"{name}/{file}" if file else str(name)
 
 
-def _explain(name: BucketName, file: str, error: Exception) -> Exception:
+def _explain(name: BucketName, file: str, error: BaseException) -> Exception:
     """The error to raise for one of the library."""
     kind, reason, place = type(error).__name__, _reason(error), _place(name, file)
     status = _status_in(reason)
@@ -96,7 +128,8 @@ def _explain(name: BucketName, file: str, error: Exception) -> Exception:
     if status == 404:
         sentence = "{place}: there is no bucket {found}; {cure}"
         return PlanError(sentence, place=place, found=name.bucket, cure="see that the name and the region are right")
-    if kind in ("GenericError", "JoinError") and (status is None or status >= 500 or status in (408, 429)):
+    passing = status is None or status >= 500 or status in (408, 429)
+    if kind in ("GenericError", "JoinError") and passing and "builder error" not in reason:
         return ConnectionError(
             f"the connection to the store of {place} failed ({reason}); run the same command again: finished work is "
             "kept"
@@ -110,7 +143,8 @@ def _status_in(reason: str) -> int | None:
     return int(rest[:3]) if found and rest[:3].isdigit() else None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The library's message in a line, without what it says for its own developers."""
     text = str(error).split("\n\nDebug source:")[0]
-    return printable_line(strip_queries(" ".join(text.split())))[:400]
+    text = re.sub(r"://[^\s/@]*@", "://", " ".join(text.split()))  # a name and a password
+    return printable_line(strip_queries(text))[:400]

@@ -46,7 +46,7 @@ def put_file(name: BucketName, file: str, path: Path, digest: str, advance: Call
     def send() -> None:
         if has_file(name, file, digest):  # the answer to an earlier try was lost
             return
-        store, attributes = open_store(name), {TAG: digest}
+        store, attributes = open_store(name, sending=True), {TAG: digest}
         if size <= PART:
             with open_file(path) as source:
                 obstore.put(store, file, source.read(), attributes=attributes, use_multipart=False)

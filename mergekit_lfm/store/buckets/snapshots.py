@@ -151,7 +151,8 @@ def list_folder(name: BucketName) -> dict[str, tuple[int, str]]:
                 if path.endswith("/") or not path:  # stands for a folder
                     continue
                 if leads_away(path) or not entry["e_tag"]:
-                    raise FormatError(f"{name}: the store lists {path!r:.80}, which is not a file with a tag")
+                    sentence = "{place}: the store lists {found}, which is not the name of a file with a tag; {cure}"
+                    raise FormatError(sentence, place=name, found=f"{path!r:.80}", cure="rename that object")
                 files[path] = int(entry["size"]), str(entry["e_tag"])
             if len(files) > MOST_FILES:
                 found, cure = f"over {MOST_FILES:,} files", "give the address of the model's own folder"
