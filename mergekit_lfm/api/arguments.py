@@ -23,9 +23,9 @@ def as_bytes(size: int | str | None) -> int | None:
 def expand(path: StrPath, label: str = "output") -> Path:
     """The path, "~" replaced by the home folder. Raises PlanError for an address in a bucket, where no folder is."""
     if re.match(r"(s3|gs|az):/", str(path)) and not Path(path).exists():
-        sentence = "{label}: found {found}, expected a folder of this machine; {cure}"
-        cure = "what is in one goes into a bucket by `mergekit-lfm push`"
-        raise PlanError(sentence, label=label, found=repr(str(path)), cure=cure)
+        wrong = nearest(str(path)) if name_elsewhere(str(path)) is None else ""
+        sentence = "{label}: found {found}, expected a folder of this machine{wrong}"
+        raise PlanError(sentence, label=label, found=repr(str(path)), wrong=wrong)
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes
 from mergekit_lfm.api.engines import Name, check_engine, check_part, check_site, find_engine, stream_models
-from mergekit_lfm.api.goals import check_goal, find_in_place, push_merged
+from mergekit_lfm.api.goals import check_goal, find_in_place, push_merged, staging
 from mergekit_lfm.api.merge_plans import RecipeLike, plan_merge, plan_stage
 from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.api.planned import Merged, Planned, PlannedJob, PlannedMerge
@@ -78,23 +78,33 @@ def merge(
     run: dict[str, Any] = {"memory": memory, "threads": threads, "nan": nan, "resume": resume, "part": part}
     run |= {"trust_times": trust_times, "compile": compile, "engine": engine, "ray_address": ray_address}
     run |= {"stream_inputs": stream_inputs, "progress": progress}
-    if there := _check(recipe, run, overwrite=overwrite):
+    check_part(part, recipe, resume=resume, engine=engine)
+    check_site(ray_address, recipe)
+    goal = {"verify_push": verify_push, "on_merged": on_merged}
+    with staging(recipe):
+        return _merge_and_push(recipe, run, goal, started, overwrite=overwrite, drop_stages=drop_stages)
+
+
+def _merge_and_push(
+    planned: PlannedMerge,
+    run: Mapping[str, Any],
+    goal: Mapping[str, Any],
+    started: float,
+    *,
+    overwrite: bool,
+    drop_stages: bool,
+) -> Outcome[Merged]:
+    """The outcome of a merge, with its push. run, goal: options of `merge` for the work, and for what follows."""
+    whole, mark = {**run, "verify_push": goal["verify_push"]}, planned.plan.digest
+    if (there := find_in_place(planned, whole, overwrite=overwrite)) is not None:
         return there
-    outcome, recipe = _merge_planned(recipe, run, started, overwrite=overwrite, drop_stages=drop_stages)
-    if on_merged is not None and not outcome.result.waiting:
-        on_merged(outcome)
-    by_other = outcome.result.waiting or (part is not None and outcome.already_there)
-    return outcome if by_other else push_merged(outcome, recipe, verify_push, progress, started)
-
-
-def _check(planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool) -> Outcome[Merged] | None:
-    """The outcome of a merge whose output is in its bucket already; else None, if nothing forbids the work."""
-    check_part(run["part"], planned, resume=run["resume"], engine=run["engine"])
-    check_site(run["ray_address"], planned)
-    there = find_in_place(planned, run, overwrite=overwrite)
-    if there is None:
-        check_goal(planned, overwrite=overwrite)
-    return there
+    check_goal(planned, run, overwrite=overwrite)
+    outcome, planned = _merge_planned(planned, run, started, overwrite=overwrite, drop_stages=drop_stages)
+    if goal["on_merged"] is not None and not outcome.result.waiting:
+        goal["on_merged"](outcome)
+    if outcome.result.waiting or (run["part"] is not None and outcome.already_there):
+        return outcome  # another part pushes
+    return push_merged(outcome, planned, whole, mark, overwrite=overwrite)
 
 
 def _merge_planned(

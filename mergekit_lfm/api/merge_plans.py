@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes, expand
 from mergekit_lfm.api.engines import find_accelerator
-from mergekit_lfm.api.goals import place_output
+from mergekit_lfm.api.goals import place_output, staging_folder
 from mergekit_lfm.api.jobs import JobRecipe, find_job
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.api.planned import Planned, PlannedMerge, Stages, plan_job
@@ -55,7 +55,9 @@ def plan_merge(
         source = source_of(recipe)
         _refuse_job(source)
         if documents := source.stages:
-            out = need_output(out or output_of(documents[-1]) or source.default_output)
+            out = out or output_of(documents[-1]) or source.default_output
+            place_output(out, None, private=private, stages=True)
+            out = need_output(out)
             stages, last = plan_stages(documents, source.where, out, plan_stage, how, allow_unknown=allow_unknown)
             assert isinstance(last, Recipe)
             recipe = last
@@ -69,10 +71,13 @@ def plan_merge(
     if not card:
         recipe = recipe.model_copy(update={"card": False})
     goal, accelerator = recipe.goal(push_to, private=private), find_accelerator(recipe, device)
-    staged = place_output(out or recipe.output, goal)
-    folder, goal = staged or (need_output(out or recipe.output), goal)
+    staged = place_output(out or recipe.output, goal, private=private, stages=False)
+    folder = None if staged else need_output(out or recipe.output)
     with in_stage(None if stages is None else stages.last):
         plan = make_plan(recipe, max_shard_size=as_bytes(max_shard_size))
+    if staged is not None:
+        folder, goal = staging_folder(staged.repo, plan.digest), staged
+    assert folder is not None
     planned = PlannedMerge(plan, folder, accelerator, goal, as_bytes(max_shard_size), stages, staged=bool(staged))
     return Outcome(folder, planned, plan.digest, seconds=time.monotonic() - started)
 

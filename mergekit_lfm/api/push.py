@@ -12,6 +12,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.output.lock import lock_of
 from mergekit_lfm.store.buckets import bucket_name
+from mergekit_lfm.store.elsewhere import destination
 
 if TYPE_CHECKING:
     from mergekit_lfm.output.outgoing import Pushed
@@ -42,16 +43,21 @@ def push(
     anything if it can be known then; ConnectionError if the connection fails, which leaves the repository as it was.
     """
     started, source = time.monotonic(), expand(folder, "folder")
-    if (bucket := bucket_name(repo)) is not None:
-        _refuse_commits(repo, {"private": private, "replace_card": replace_card, "message": message})
+    how: dict[str, Any] = {"overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
+    how["progress"] = progress
+    try:
+        place = destination(str(repo))
+    except ValueError as wrong:
+        raise PlanError(f"push: {wrong}") from None
+    if (bucket := bucket_name(place)) is not None:
+        _refuse_commits(place, {"private": private, "message": message})
         from mergekit_lfm.output.push_bucket import push_into_bucket
 
-        pushed = push_into_bucket(source, bucket, overwrite=overwrite, pull_back=pull_back, progress=progress)
+        pushed = push_into_bucket(source, bucket, **how)
     else:
         from mergekit_lfm.output.push import push as push_folder
 
-        how = {"private": private, "overwrite": overwrite, "replace_card": replace_card, "pull_back": pull_back}
-        pushed = push_folder(source, repo, message=message, progress=progress, **how)
+        pushed = push_folder(source, place, private=private, message=message, **how)
     there = not pushed.files and not pushed.removed
     return Outcome(source, pushed, lock_of(source).get("plan"), there, seconds=time.monotonic() - started)
 

@@ -185,9 +185,11 @@ class ModelFolder(click.ParamType):  # type: ignore[type-arg]
 
     name = "model"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Elsewhere:
-        """The folder; if it does not exist, the model's name elsewhere."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Elsewhere | str:
+        """The folder; if it does not exist, the model's name elsewhere, or the text with adapters as it is."""
         folder = Path(value)
+        if "+" in str(value) and "://" in str(value) and name_elsewhere(str(value)) is None:
+            return str(value)
         if folder.exists() or (name := name_elsewhere(str(value))) is None:
             if "://" in str(value):  # a path would lose one of the slashes
                 self.fail(f"found {str(value)!r}, but there is no such folder{nearest(str(value))}", param, ctx)

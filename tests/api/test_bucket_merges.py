@@ -157,7 +157,9 @@ def test_a_store_that_keeps_failing_is_told_and_goes_on(
     with pytest.raises(PlanError, match=r"00002-of-00002.safetensors: the store refuses the request; set AWS_ACCESS"):
         merge(recipe, out)
     assert {"merge.unfinished", "model-00001-of-00002.safetensors"} == there(out)
-    with pytest.raises(PlanError, match=r"merge\.unfinished, which is of another model"):
+    with pytest.raises(
+        PlanError, match=r"merge\.unfinished: another merge writes there, or was interrupted; wait for it"
+    ):
         merge(recipe_of([str(model) for model in models], LINEAR), out)
     s3.faults = []
     s3.requests.clear()
@@ -221,6 +223,74 @@ def test_other_processes_and_other_runs_read_by_ranges(
     assert s3.sent
 
 
+def test_files_of_others_stay(s3: Proxy, models: list[Path], place: str, tmp_path: Path) -> None:
+    recipe, out = recipe_of([str(model) for model in models]), f"{place}/w%20x/out"
+    name = bucket_name(out)
+    assert name is not None
+    merge(recipe, tmp_path / "out", push_to=out)
+    put.put_text(name, "README.md", "# Mine")
+    again = push(tmp_path / "out", out).result
+    assert again.kept_card and again.files == ("MERGE.md", "merge.lock.json")
+    assert put.read_small(name, "README.md", 99) == b"# Mine" and verify_output(out).result.differences == ()
+    put.put_text(name, "pytorch_model.bin", "theirs")
+    with pytest.raises(PlanError, match=r"holds pytorch_model\.bin, which is of another model"):
+        push(tmp_path / "out", out)
+    put.delete_files(name, ["pytorch_model.bin"])
+    put.put_text(name, "config.json", "{}")
+    with pytest.raises(PlanError, match=r"holds config\.json, which is of another model"):
+        push(tmp_path / "out", out)
+    assert push(tmp_path / "out", out, overwrite=True).result.files
+    assert (
+        ask(s3.url, "GET", f"/{BUCKET}?list-type=2&prefix={place.rpartition('/')[2]}/w%2520x/out/").count(b"<Key>") > 5
+    )
+
+
+def test_one_of_two_merges_to_a_place_is_refused(s3: Proxy, models: list[Path], place: str, tmp_path: Path) -> None:
+    """The second begins when the first has looked, and before it has put its mark."""
+    refs, out, seen = [str(model) for model in models], f"{place}/out", list[str]()
+
+    def begin(method: str, path: str, _: Message) -> None:
+        if method == "PUT" and path.endswith("merge.unfinished"):
+            s3.faults = []
+            with pytest.MonkeyPatch.context() as other:
+                other.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+                seen.append(str(merge(recipe_of(refs, LINEAR), out).digest))
+
+    s3.faults = begin
+    with pytest.raises(PlanError, match="which is of another model"):
+        merge(recipe_of(refs), out)
+    assert seen and verify_output(out).digest == seen[0]
+
+
+def test_a_folder_without_a_lock_is_pushed_again(s3: Proxy, models: list[Path], place: str) -> None:
+    assert len(push(models[0], f"{place}/a").result.files) == 4
+    assert push(models[0], f"{place}/a").result.files == ()
+    s3.faults = lambda method, path, _: "403" if method == "PUT" and path.endswith("config.json") else None
+    with pytest.raises(PlanError, match="the store refuses"):
+        push(models[0], f"{place}/b")
+    s3.faults = []
+    assert push(models[0], f"{place}/b").result.files == ("config.json", "model.safetensors.index.json")
+    with pytest.raises(PlanError, match="of another model"):
+        push(models[1], f"{place}/b")
+
+
+def test_an_output_that_was_changed_there_is_not_called_done(
+    s3: Proxy, models: list[Path], place: str, tmp_path: Path
+) -> None:
+    recipe, out, shard = recipe_of([str(model) for model in models]), f"{place}/out", "model-00001-of-00002.safetensors"
+    merge(recipe, out)
+    pushed = merge(recipe, out, verify_push=True).result.pushed
+    assert pushed is not None and pushed.verified and s3.sent
+    name = bucket_name(out)
+    assert name is not None
+    put.put_text(name, shard, "x" * list_folder(name)[shard][0])
+    with pytest.raises(PlanError, match=f"{shard}, which is of another model"):
+        merge(recipe, out)
+    merge(recipe, out, overwrite=True)
+    assert verify_output(out).result.differences == ()
+    assert not [*(tmp_path / "cache").rglob("outgoing/*")]
+
+
 def test_an_input_that_changes_is_told(s3: Proxy, models: list[Path], place: str, tmp_path: Path) -> None:
     recipe = recipe_of([upload(model, f"{place}/{model.name}") for model in models])
     name = "model-00001-of-00002.safetensors"
@@ -255,9 +325,25 @@ def test_addresses_and_places_that_cannot_be(
         ({"part": (1, 2)}, "OUT is in a bucket, and each run would make it for itself"),
         ({"engine": "ray", "ray_address": "host:1"}, "OUT is in a bucket, and would be made in the cache"),
         ({"push_to": "org/name"}, "is also to be pushed to org/name"),
+        ({"private": True}, "--private is about a repository on the Hub; leave it out"),
+        ({"memory": "1KB"}, "needs"),
     ):
         with pytest.raises(PlanError, match=words):
             merge(recipe_of(refs), f"{place}/out", **options)
+    stages = [{**recipe_of(refs), "name": "one"}, {"merge_method": "passthrough", "models": [{"model": "one"}]}]
+    with pytest.raises(PlanError, match="the recipe has stages, whose results stay beside OUT; give a folder"):
+        merge(stages, f"{place}/out")
+    for where in (place, f"{place}/base/out", f"{place}/base"):
+        with pytest.raises(PlanError, match="lie in one another; choose another place"):
+            merge(recipe_of([upload(models[0], f"{place}/base"), *refs[1:]]), where, overwrite=True)
+    assert there(f"{place}/out") == set() and "merge.unfinished" not in there(place)
+    for key, value in (("AWS_ENDPOINT_URL", "127.0.0.1:9"), ("AWS_ACCESS_KEY_ID", "key\n")):
+        with monkeypatch.context() as other:
+            other.setenv(key, value)
+            client.open_store.cache_clear()
+            with pytest.raises(PlanError, match=key):
+                merge(recipe_of([place, *refs[1:]]), tmp_path / "out")
+    client.open_store.cache_clear()
     s3.faults = lambda *_: "403"
     with pytest.raises(PlanError, match="the store refuses the request; set AWS_ACCESS_KEY_ID"):
         merge(recipe_of([place, *refs[1:]]), tmp_path / "out")

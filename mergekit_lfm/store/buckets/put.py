@@ -1,4 +1,4 @@
-"""Put files into a bucket, each whole or not at all, and tell whether one is there already.
+"""Put files into a bucket, each whole or not at all, and tell which are there already.
 
 A file goes with the digest of its bytes as metadata, so that an upload that was interrupted does not send it again.
 """
@@ -22,8 +22,8 @@ MOST_PARTS = 9_000  # of the 10,000 that stores take
 AT_ONCE = 6  # parts
 
 
-def has_file(name: BucketName, file: str, digest: str) -> bool:
-    """True if the file is there with this digest."""
+def tag_of(name: BucketName, file: str) -> str:
+    """The digest that the file was put with, "" for one that is not there, or was not put by `put_file`."""
     obstore = import_obstore()
 
     def look() -> Any:
@@ -32,7 +32,7 @@ def has_file(name: BucketName, file: str, digest: str) -> bool:
         except FileNotFoundError:
             return {}
 
-    return bool(again(name, file, look).get(TAG) == digest)
+    return str(again(name, file, look).get(TAG, ""))
 
 
 def put_file(name: BucketName, file: str, path: Path, digest: str, advance: Callable[[int], None]) -> None:
@@ -44,7 +44,7 @@ def put_file(name: BucketName, file: str, path: Path, digest: str, advance: Call
     size, obstore = path.stat().st_size, import_obstore()
 
     def send() -> None:
-        if has_file(name, file, digest):  # the answer to an earlier try was lost
+        if tag_of(name, file) == digest:  # the answer to an earlier try was lost
             return
         store, attributes = open_store(name, sending=True), {TAG: digest}
         if size <= PART:
@@ -56,7 +56,7 @@ def put_file(name: BucketName, file: str, path: Path, digest: str, advance: Call
         try:
             obstore.put(store, file, parts, attributes=attributes, chunk_size=part, max_concurrency=AT_ONCE)
         except FileNotFoundError:  # the upload was complete already when its answer broke off
-            if not has_file(name, file, digest):
+            if tag_of(name, file) != digest:
                 raise
 
     again(name, file, send)
@@ -74,6 +74,22 @@ def _parts(path: Path, nbytes: int, advance: Callable[[int], None]) -> Iterator[
 def put_text(name: BucketName, file: str, text: str) -> None:
     """Put a small file into the folder. Raises as `put_file` does."""
     again(name, file, lambda: import_obstore().put(open_store(name), file, text.encode(), use_multipart=False))
+
+
+def create_text(name: BucketName, file: str, text: str) -> bool:
+    """Put a small file into the folder, if none of its name is there: else False. Raises as `put_file` does."""
+    obstore = import_obstore()
+
+    def create() -> bool:
+        try:
+            obstore.put(open_store(name), file, text.encode(), use_multipart=False, mode="create")
+        except Exception as error:
+            if type(error).__name__ != "AlreadyExistsError":
+                raise
+            return False
+        return True
+
+    return bool(again(name, file, create))
 
 
 def read_small(name: BucketName, file: str, most: int) -> bytes:
