@@ -78,7 +78,7 @@ def check_goal(planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool
 
         _refuse_inputs(bucket, planned)
         made = lock_of(planned.out).get("plan")
-        if made != planned.plan.digest:
+        if made != planned.plan.digest and run["engine"] == "threads":
             Budget(planned.plan).peak(as_bytes(run["memory"]) or default_memory(), run["threads"] or 1)
             check_disk(planned.plan, planned.out)
         check_place(bucket, planned.plan.digest, made, overwrite=overwrite)

@@ -349,6 +349,11 @@ def test_models_on_the_hub_are_read_by_ranges(
     assert not [*(tmp_path / "client").rglob("*.safetensors")]
     answers = [r for r in models.requests if r.path.startswith("/blob/")]
     assert answers and all(r.status == 206 for r in answers)
+    asked = [r for r in models.requests if "/resolve/" in r.path and r.path.endswith(".safetensors")]
+    assert len(asked) < len(answers) / 2  # the storage is asked without the Hub
+    models.fault("GET", "/blob/", status=403, body=b"expired", times=1)
+    merge("recipe.yaml", "renewed", stream_inputs=True)
+    assert not any(r.token for r in models.requests if r.path.startswith("/blob/"))
     (folder / "recipe.yaml").write_text(RECIPE.replace("org/a", "hf://org/a"))
     merge("recipe.yaml", "downloaded")
     assert output_of(folder / "streamed").keys() == output_of(folder / "downloaded").keys()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
     build_hf_headers,
@@ -26,6 +27,10 @@ LONGEST_S = 600  # for a whole answer
 TRIES = 5
 PAGE_BYTES = 20_000_000  # of a listing; a page of the Hub has 1000 files and some 300 KB
 MOST_FILES = 100_000  # in a repository, as the Hub advises
+EXPIRED = (400, 401, 403, 404, 410)  # answers of storage to an address that was valid
+Answer = tuple[int, Mapping[str, str], bytes]
+
+_signed = dict[str, str]()  # by the address of a file at the Hub: that at its storage
 
 
 def list_files(repo: str, commit: str) -> dict[str, RepoFile]:
@@ -76,7 +81,7 @@ def request_range(about: str, url: str, start: int, stop: int, size: int) -> byt
 
     Raises ConnectionError if the answer is another range.
     """
-    status, headers, data = _get(url, stop - start, {"Range": f"bytes={start}-{stop - 1}"})
+    status, headers, data = _get_at_storage(url, stop - start, {"Range": f"bytes={start}-{stop - 1}"})
     if status != 206 and size > stop - start:
         return None
     asked, got = f"bytes {start}-{stop - 1}/{size}", headers.get("content-range")
@@ -87,15 +92,41 @@ def request_range(about: str, url: str, start: int, stop: int, size: int) -> byt
     return data
 
 
-def _get(url: str, most: int, more: Mapping[str, str] | None = None) -> tuple[int, Mapping[str, str], bytes]:
+def _get_at_storage(url: str, most: int, more: Mapping[str, str]) -> Answer:
+    """The answer of `_get` from where the Hub has sent an earlier request for the file, as long as that is valid.
+
+    The Hub counts what it is asked, its storage does not. There the address has a signature in place of the token.
+    """
+    if address := _signed.get(url):
+        try:
+            return _get(address, most, more, token=False)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in EXPIRED:
+                raise
+            _signed.pop(url, None)
+    return _get(url, most, more, led_to=lambda address: _signed.__setitem__(url, address))
+
+
+def _get(
+    url: str,
+    most: int,
+    more: Mapping[str, str] | None = None,
+    *,
+    token: bool = True,
+    led_to: Callable[[str], object] = lambda _: None,
+) -> Answer:
     """The status, headers and body of an answer; the body up to its first `most` + 1 bytes.
 
-    A connection that is cut in the body is tried again, like one that is refused.
+    A connection that is cut in the body is tried again, like one that is refused. token: False to send none. led_to is
+    called with the address that answered, if it is another.
     """
-    headers = {**build_hf_headers(library_name="mergekit_lfm"), "Accept-Encoding": "identity", **(more or {})}
+    ours = build_hf_headers(library_name="mergekit_lfm", token=None if token else False)
+    headers = {**ours, "Accept-Encoding": "identity", **(more or {})}
     for attempt in range(1, TRIES + 1):
         with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
             hf_raise_for_status(response)
+            if str(response.url) != url:
+                led_to(str(response.url))
             try:
                 return response.status_code, response.headers, _read(response, most)
             except HTTPError:  # must not reach the client's own loop, which cannot read a second answer
