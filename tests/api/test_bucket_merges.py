@@ -174,6 +174,27 @@ def test_a_store_that_keeps_failing_is_told_and_goes_on(
     assert weights(files_of(tmp_path / "copy")) == expected
 
 
+def test_a_large_file_goes_in_parts(s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through cuts of the answers that begin and end the upload, and of parts; a refusal leaves nothing behind."""
+    monkeypatch.setattr(put, "PART", 5 << 20)  # no store takes smaller ones
+    save_checkpoint(tmp_path / "large", {"x": torch.arange(1_600_000)}, {})
+    s3.faults = lambda method, path, _: "403" if method == "PUT" and "partNumber=3" in path else None
+    with pytest.raises(PlanError, match="the store refuses"):
+        push(tmp_path / "large", place)
+    assert b"<Upload>" not in ask(s3.url, "GET", f"/{BUCKET}?uploads") and "model.safetensors" not in there(place)
+    faults = {"uploads=": "cut", "partNumber=2": "503", "partNumber=3": "drop", "uploadId": "cut"}
+
+    def fail(method: str, path: str, _: Message) -> str | None:
+        key = next((key for key in faults if key in path), "")
+        return faults.pop(key, None) if method in ("PUT", "POST") else None
+
+    s3.faults = fail
+    push(tmp_path / "large", place)
+    s3.faults = []
+    assert not faults and len({path for _, path, _ in s3.requests if "partNumber" in path}) >= 3
+    assert torch.equal(open_checkpoint(place).read("x"), torch.arange(1_600_000))
+
+
 def test_an_output_in_a_bucket_is_made_once_and_replaced_if_asked(
     s3: Proxy, models: list[Path], place: str, tmp_path: Path
 ) -> None:
