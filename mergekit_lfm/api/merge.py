@@ -115,7 +115,7 @@ def _merge_planned(
     earlier, planned = _run_earlier(planned, run, overwrite=overwrite)
     plan, done = _carry_out(planned, {**run, "overwrite": overwrite})
     merged = Merged(plan, done.resumed_bytes, stages=earlier, waiting=done.waiting)
-    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings, depth=2)
+    warnings = *(() if stages is None else stages.findings(earlier)), *warn_of(done.findings, depth=3)
     seconds = time.monotonic() - started
     if stages is not None and drop_stages:
         stages.drop()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.store.snapshot import Snapshot
 
 Elsewhere = HubName | BucketName
-EXPECTED = "a folder, a model on the Hub as org/name or org/name@revision, or one in a bucket as s3://bucket/path"
+EXPECTED = "a folder, or a model on the Hub as org/name or org/name@revision, or in a bucket as s3://bucket/path"
 
 
 def name_elsewhere(text: str) -> Elsewhere | None:

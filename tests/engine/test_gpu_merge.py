@@ -29,7 +29,7 @@ from models import output_of
 from safetensors.torch import load_file, save_file
 
 from mergekit_lfm import merge, merge_tensors
-from mergekit_lfm.api import merge as api
+from mergekit_lfm.api import merge_plans as api
 from mergekit_lfm.api.contract import least_memory, make_inputs, save_model
 from mergekit_lfm.artifacts.patch import Patch, TensorChange
 from mergekit_lfm.commands.app import main

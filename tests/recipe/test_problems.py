@@ -15,6 +15,7 @@ from mergekit_lfm.recipe.form import ModelEntry
 from mergekit_lfm.recipe.problems import InnerError, Problem, attempt, refuse
 from mergekit_lfm.recipe.recipe import Recipe
 from mergekit_lfm.recipe.roles import assign_roles, read_base, read_scope
+from mergekit_lfm.store.elsewhere import EXPECTED
 
 
 def refusal(error: ValueError) -> Any:
@@ -115,7 +116,7 @@ KEY = {"found": "merge_metod", "cure": "did you mean merge_method?"}
             {
                 "place": "r: base_model",
                 "found": "'nowhere'",
-                "expected": "a folder, or a model on the Hub as org/name or org/name@revision",
+                "expected": EXPECTED,
                 "cure": "on the Hub models are called org/name; one without an owner is written nowhere@main",
             },
         ),
@@ -125,7 +126,7 @@ KEY = {"found": "merge_metod", "cure": "did you mean merge_method?"}
             {
                 "place": "r: base_model",
                 "found": "'https://huggingface.co/org/name/tree/main'",
-                "expected": "a folder, or a model on the Hub as org/name or org/name@revision",
+                "expected": EXPECTED,
                 "cure": "for this model on the Hub write org/name",
             },
         ),
