@@ -57,8 +57,8 @@ def test_all_problems_are_in_one_message() -> None:
         "  embed_lora: found 'yes', expected a valid boolean",
         "  energie: unknown key, did you mean energy?",
         f"  model: found 'turned', but there is no {Path.cwd() / 'turned'}; expected a folder, or a model on the Hub "
-        "as org/name or org/name@revision, or in a bucket as s3://bucket/path; on the Hub models are called org/name; one "
-        "without an owner is written turned@main",
+        "as org/name or org/name@revision, or in a bucket as s3://bucket/path; on the Hub models are called org/name; "
+        "one without an owner is written turned@main",
         "  include[0]: found 'a(', expected a regular expression (missing ), unterminated subpattern at position 1); "
         "correct it",
         "  exclude[0]: found '[', expected a regular expression (unterminated character set at position 0); correct it",
