@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -121,6 +122,17 @@ def stream_models(plan: Plan, memory: int | None, threads: int | None) -> None:
     """Have the plan's models that are elsewhere read by ranges, in about an eighth of the memory."""
     for model in plan.models:
         model.stream((memory or default_memory()) // (8 * len(plan.models)), threads or default_threads())
+
+
+@contextmanager
+def ending_streams(plan: Plan) -> Iterator[None]:
+    """End the requests for ranges with this block."""
+    try:
+        yield
+    finally:
+        for reader in {file.ranges for model in plan.models for file in model.files}:
+            if reader is not None:
+                reader.close()
 
 
 def find_accelerator(recipe: Recipe, device: str | None) -> Accelerator:

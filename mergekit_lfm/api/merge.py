@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lfm.api.arguments import as_bytes
-from mergekit_lfm.api.engines import Name, check_engine, check_part, check_site, find_engine, stream_models
+from mergekit_lfm.api.engines import (
+    Name,
+    check_engine,
+    check_part,
+    check_site,
+    ending_streams,
+    find_engine,
+    stream_models,
+)
 from mergekit_lfm.api.goals import check_goal, find_in_place, push_merged, staging
 from mergekit_lfm.api.merge_plans import RecipeLike, plan_merge, plan_stage
 from mergekit_lfm.api.outcome import Outcome, warn_of
@@ -132,12 +140,13 @@ def _carry_out(planned: PlannedMerge, options: Mapping[str, Any]) -> tuple[Plan,
     own["engine"] = find_engine(rest.pop("engine"), rest.pop("ray_address"))
     if rest.pop("stream_inputs"):
         stream_models(plan, rest["memory"], rest["threads"])
-    if plan.pending or plan.unedited or plan.absent:
-        from mergekit_lfm.api.prepare import prepare
+    with ending_streams(plan):
+        if plan.pending or plan.unedited or plan.absent:
+            from mergekit_lfm.api.prepare import prepare
 
-        where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
-        plan = prepare(plan, planned.out, **where, **rest)
-    return plan, execute(plan, planned.out, accelerator=accelerator, **own, **rest)
+            where: dict[str, Any] = {"max_shard_size": planned.max_shard_size, "device": accelerator.name}
+            plan = prepare(plan, planned.out, **where, **rest)
+        return plan, execute(plan, planned.out, accelerator=accelerator, **own, **rest)
 
 
 def _run_earlier(

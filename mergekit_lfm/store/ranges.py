@@ -57,6 +57,15 @@ class RangeReader:
         """Bytes of the chunks that it keeps at most."""
         return min(self.kept, self._first[-1]) * self.chunk
 
+    def close(self) -> None:
+        """Ask for nothing more, and drop the chunks, once the requests on their way have ended."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            self._chunks.clear()
+            self._runs.clear()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
     def read_into(self, name: str, offset: int, into: memoryview) -> None:
         """Fill `into` from the file at `offset`. Raises as `Snapshot.read_range` does."""
         first = self._first[self.names.index(name)]

@@ -116,6 +116,16 @@ def test_a_failure_is_told_and_forgotten() -> None:
     assert read(reader, "3.bin", 0, 6_400) == FILES["3.bin"]
 
 
+def test_a_closed_reader_asks_for_nothing_more() -> None:
+    memory = Memory()
+    reader = RangeReader(memory, FILES, 32 * 512)
+    read(reader, "4.bin", 0, 2_000)
+    reader.close()
+    asked = len(memory.asked)
+    assert not reader._chunks
+    assert read(reader, "3.bin", 0, 10) == FILES["3.bin"][:10] and len(memory.asked) == asked + 1
+
+
 def test_a_copy_begins_anew() -> None:
     reader = RangeReader(Memory(), FILES, 0)
     read(reader, "3.bin", 0, 600)
