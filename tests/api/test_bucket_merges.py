@@ -403,7 +403,8 @@ def test_a_killed_command_goes_on(s3: Proxy, models: list[Path], place: str, tmp
     assert weights(files_of(tmp_path / "copy")) == expected
 
 
-def test_the_command_shows_where_models_are(s3: Proxy, models: list[Path], place: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("s3")
+def test_the_command_shows_where_models_are(models: list[Path], place: str, tmp_path: Path) -> None:
     refs = [upload(model, f"{place}/{model.name}") for model in models]
     (tmp_path / "r.yaml").write_text(json.dumps(recipe_of(refs)))
     shown = run("merge", str(tmp_path / "r.yaml"), str(tmp_path / "out"), "--dry-run", "--stream-inputs").stdout
