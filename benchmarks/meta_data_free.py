@@ -8,8 +8,10 @@ have fewer than forty; seeds whose seven digits have fewer are left out. Forty o
 eight teachers, five each, disjoint; all teachers are trained from the same random start. The test is on classes of
 three other digits: accuracy in percent on 15 other images of each of 5 classes after descent on 5 of each, over 100
 episodes, each start in the cell of one grid of rates and steps that is best for it on 100 others. BiDf's teachers are
-black boxes: the calls are counted, and no gradient may reach their numbers. Means over seeds, with standard errors; and
-for each seed the 95 % interval over episodes.
+black boxes: the calls are counted, and no gradient may reach their numbers. PURER's start is also calibrated in each
+episode: once it has adapted, images are made by its own gradients, and it learns on from them and the support set, by
+their classes and the contrast of their vectors; for how long and at which rate, other episodes decide. Means over
+seeds, with standard errors; and for each seed the 95 % interval over episodes.
 """
 
 from __future__ import annotations
@@ -26,25 +28,30 @@ from meta_digits import ADAM, GRID, INNER, QUERIES, TASKS, WAYS, Net, new_net, r
 from seeds import spread
 from torch import Tensor
 
+from mergekit_lfm.distill.invert import Facts, Inversion, invert
 from mergekit_lfm.meta.algorithms import build_loss
 from mergekit_lfm.meta.black_box import BlackBox
-from mergekit_lfm.meta.episodes import Episodes
-from mergekit_lfm.meta.evaluate import evaluate
+from mergekit_lfm.meta.episodes import QUERY, SUPPORT, Episodes
+from mergekit_lfm.meta.evaluate import Score, evaluate, summarise
 from mergekit_lfm.meta.fusion import fuse
 from mergekit_lfm.meta.losses import BESIDE, Inner
 from mergekit_lfm.meta.pool import Pool, PoolEpisodes
-from mergekit_lfm.meta.without_data import BiDf, Purer
+from mergekit_lfm.meta.without_data import SMOOTH, BiDf, Purer
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
 from mergekit_lfm.recipe.training import Group, Options
-from mergekit_lfm.train.examples import Examples
+from mergekit_lfm.runtime.load import logits
+from mergekit_lfm.train.examples import Batch, Examples
 from mergekit_lfm.train.loop import fit
-from mergekit_lfm.train.losses import LOSSES
+from mergekit_lfm.train.losses import LOSSES, Loss
+from mergekit_lfm.train.terms import build_loss as build_terms
 
 TEACHERS, SHOTS, TESTED, COUNT = 8, 5, 100, 30
 CELLS = [cell for cell in GRID if cell.rate != 0.01]
 FIRST = 60  # steps of the images alone
 CANDIDATES = range(100)  # seeds; those with enough classes are taken
 RADIUS, CURRICULUM, DIRECTIONS, IMAGE_RATE = 0.5, 1.0, 20, 0.1
+IMAGES, IMAGE_STEPS = 50, 60  # of each calibration
+CALIBRATIONS = [Inner(steps, rate) for rate in (0.01, 0.03, 0.1) for steps in (5, 20)]
 Start = Mapping[str, Tensor]
 
 
@@ -165,6 +172,52 @@ def oracle(tasks: Sequence[Examples], seed: int, steps: int) -> Start:
     return numbers_of(net)
 
 
+def calibrate(start: Start, support: Batch, cell: Inner, how: Inner, seed: int) -> Net:
+    """A start after adapting to a support set, and after so many steps on it and on images of what has adapted."""
+    net = new_net(seed)
+    net.load_state_dict({**start}, strict=False)
+    _descend(net, support, LOSSES["classification"], cell)
+    options = Inversion(steps=IMAGE_STEPS, learning_rate=IMAGE_RATE, batch_size=IMAGES)
+    targets = torch.arange(WAYS).repeat_interleave(IMAGES // WAYS)
+    terms = {"one_hot": 1.0, **SMOOTH}
+    made = invert(net, terms, (1, 10, 10), IMAGES, options=options, facts=Facts(targets=targets), seed=seed).images
+    both = {"x": torch.cat([support["x"], made]), "labels": torch.cat([support["labels"], targets])}
+    _descend(net, both, build_terms("classification", {"supcon": 1.0}, {}), how)
+    return net
+
+
+def _descend(net: Net, batch: Batch, loss: Loss, how: Inner) -> None:
+    assert how.rate is not None
+    descent = torch.optim.SGD(net.parameters(), lr=how.rate)
+    net.train()
+    for _ in range(how.steps):
+        descent.zero_grad()
+        total, number = loss(net, batch)
+        torch.autograd.backward(total / number)
+        descent.step()
+    net.eval()
+
+
+def evaluate_calibrated(start: Start, episodes: Episodes, cell: Inner, seed: int) -> Score:
+    """The accuracy of a start that adapts in a cell of the grid and is calibrated; how, other episodes decide."""
+
+    def scores(numbers: range, how: Inner) -> Tensor:
+        found = list[Tensor]()
+        for number in numbers:
+            drawn = {name: x[0] for name, x in episodes.batch([number]).items()}
+            support, query = (
+                {name.removeprefix(side): x for name, x in drawn.items() if name.startswith(side)}
+                for side in (SUPPORT, QUERY)
+            )
+            net = calibrate(start, support, cell, how, seed + number)
+            with torch.no_grad():
+                found.append((logits(net(query["x"])).argmax(-1) == query["labels"]).float().mean())
+        return torch.stack(found)
+
+    tried = {how: float(scores(range(TESTED, 2 * TESTED), how).mean()) for how in CALIBRATIONS}
+    return summarise(cell, scores(range(TESTED), max(tried, key=tried.__getitem__)))
+
+
 def compare(seed: int, steps: int) -> dict[str, float]:
     """The accuracies of one seed, by the name of the start."""
     seen, unseen = rotated_digits(seed, any_three)
@@ -191,6 +244,9 @@ def compare(seed: int, steps: int) -> dict[str, float]:
         print(
             f"# seed {seed}: {name} {found[name]:.1f} ± {100 * score.interval:.1f}, {cell}", file=sys.stderr, flush=True
         )
+        if name == "`purer`":
+            calibrated = evaluate_calibrated(start, test, Inner(score.steps, score.rate), seed)
+            found["`purer`, calibrated"] = 100 * calibrated.mean
     return found
 
 

@@ -6,8 +6,8 @@ alone, and a student that sees a batch, have the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.runtime.load import logits, run
 from mergekit_lfm.train.examples import IGNORED, Batch
 from mergekit_lfm.train.losses import Said, pool, widen
+from mergekit_lfm.train.vectors import hearing_vectors, vectors_of
 
 BESIDE = "distillation"  # the name in a student of the maps that are trained beside it
 SCORES, FEATURES = "scores", "features"
@@ -43,7 +44,8 @@ def watch(model: nn.Module, task: str, batch: Batch, wanted: Wanted) -> tuple[An
     inputs = inputs_of(batch)
     more: dict[str, Any] = {"output_hidden_states": True} if wanted.states else {}
     more |= {"output_attentions": True} if wanted.attentions else {}
-    with _heard(model, task, wanted.features) as heard:
+    hears = wanted.features and task == "classification"
+    with hearing_vectors(model, BESIDE) if hears else nullcontext(list[Tensor]()) as heard:
         output = run(model, (), {**inputs, **more})
     lengths, seen = lengths_of(batch), dict[str, Part]()
     if wanted.scores:
@@ -52,7 +54,7 @@ def watch(model: nn.Module, task: str, batch: Batch, wanted: Wanted) -> tuple[An
             counted = _counted(task, batch)
             seen[PLACES] = Part(batch[PLACES][:, 1:][counted][:, None], seen[SCORES].counts)
     if wanted.features:
-        seen[FEATURES] = _features(model, task, batch, output, heard, lengths)
+        seen[FEATURES] = _features(model, task, batch, output, heard)
     states = _listed(output, "hidden_states", wanted.states, model)
     for index in wanted.states:
         seen[STATE.format(index)] = _rows(states[index], lengths)
@@ -95,48 +97,15 @@ def _scores(task: str, output: Any, batch: Batch) -> Part:
     return Part(widen(scores.reshape(len(scores), -1)), (1,) * len(scores))
 
 
-@contextmanager
-def _heard(model: nn.Module, task: str, listen: bool) -> Iterator[list[Tensor]]:
-    """The inputs of a classifier's head while it runs."""
-    heard = list[Tensor]()
-    if not listen or task != "classification":
-        yield heard
-        return
-    handle = head_of(model).register_forward_pre_hook(lambda _, arguments: heard.append(arguments[0]))
-    try:
-        yield heard
-    finally:
-        handle.remove()
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The last layer of a classifier. Raises PlanError if it is not a linear one."""
-    config: Any = getattr(model, "config", None)
-    count = getattr(config, "num_labels", None)
-    own = [x for name, x in model.named_modules() if BESIDE not in name.split(".")]
-    linear = [x for x in own if isinstance(x, nn.Linear) and count in (None, x.out_features)]
-    if not linear:
-        raise PlanError(
-            f"{type(model).__name__} has no linear layer for its {count} classes, whose inputs are its vectors; leave "
-            "out the terms that compare vectors"
-        )
-    return linear[-1]
-
-
-def _features(
-    model: nn.Module, task: str, batch: Batch, output: Any, heard: Sequence[Tensor], lengths: tuple[int, ...] | None
-) -> Part:
+def _features(model: nn.Module, task: str, batch: Batch, output: Any, heard: Sequence[Tensor]) -> Part:
     """The vectors of examples: what the head of a classifier reads, or what an encoder of texts gives."""
     if task == "embedding":
         mine = pool(Said(output), inputs_of(batch))
         other = {name.removeprefix(OTHER): x for name, x in batch.items() if name.startswith(OTHER)}
         sides = [mine, *([pool(model, other)] if other else [])]
         return Part(widen(torch.stack(sides, 1).flatten(0, 1)), (len(sides),) * len(mine))
-    vectors = heard[-1]
-    if vectors.ndim == 3:  # a decoder's head reads each token, and the last one counts
-        assert lengths is not None
-        vectors = vectors[torch.arange(len(vectors)), [length - 1 for length in lengths]]
-    return Part(widen(vectors.flatten(1)), (1,) * len(vectors))
+    vectors = vectors_of(heard[-1], batch)
+    return Part(widen(vectors), (1,) * len(vectors))
 
 
 def _listed(output: Any, name: str, wanted: Sequence[int], model: nn.Module) -> Sequence[Tensor]:

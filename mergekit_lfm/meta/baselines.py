@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.watch import head_of
 from mergekit_lfm.meta.losses import BESIDE
 from mergekit_lfm.recipe.training import Options
 from mergekit_lfm.train.examples import Examples
 from mergekit_lfm.train.loop import Tell, fit
 from mergekit_lfm.train.losses import LOSSES
+from mergekit_lfm.train.vectors import head_of
 
 Start = Mapping[str, Tensor]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mergekit_lfm.distill.watch import head_of
 from mergekit_lfm.meta.adapt import Parameters
 from mergekit_lfm.meta.losses import Inner, MetaLoss
 from mergekit_lfm.train.examples import Batch
+from mergekit_lfm.train.vectors import head_of
 
 HIDDEN = 64  # of the relation
 

@@ -19,7 +19,8 @@ class LossTerm:
     """A term that is added to a loss, with one number. tasks: those that it fits.
 
     instead: it takes the place of the task's loss. own: it is about the model's own parameters, so not for adapters.
-    alone: it reads the states of one pass, so not for mixtures of prompts and templates.
+    alone: it reads the states of one pass, so not for mixtures of prompts and templates. batch: it compares the
+    examples of a batch.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LossTerm:
     instead: bool = False
     own: bool = False
     alone: bool = False
+    batch: bool = False
 
 
 LOSS_TERMS: Mapping[str, LossTerm] = {
@@ -60,6 +62,14 @@ LOSS_TERMS: Mapping[str, LossTerm] = {
             "so many times the loss of a language model on the same texts, for decoders with tied embeddings",
             HEADED,
             alone=True,
+        ),
+        LossTerm(
+            "supcon",
+            "Khosla et al. 2020, arXiv 2004.11362, equation 2",
+            "so many times the contrast of vectors of one class with those of others in the batch",
+            ("classification",),
+            alone=True,
+            batch=True,
         ),
         LossTerm(
             "dpo",

@@ -16,7 +16,7 @@ from mergekit_lfm.methods.method import Value
 from mergekit_lfm.recipe.files import FoundModel, Where, find_reference, read_file
 from mergekit_lfm.recipe.form import Parameters, Reference, read_reference
 from mergekit_lfm.recipe.job_form import JobForm, read_task
-from mergekit_lfm.recipe.loss_terms import check_terms
+from mergekit_lfm.recipe.loss_terms import LOSS_TERMS, check_terms
 from mergekit_lfm.recipe.options import unknown_method
 from mergekit_lfm.recipe.phases import GroupEntry, Patterns, PhaseEntry
 from mergekit_lfm.recipe.problems import Problem, attempt, problem_at, refuse
@@ -211,7 +211,7 @@ class TrainingRecipe(JobForm):
     @property
     def compares_batches(self) -> bool:
         """Whether the loss is about all examples of a batch at once."""
-        return self.task == "embedding"
+        return self.task == "embedding" or any(term in LOSS_TERMS and LOSS_TERMS[term].batch for term in self.loss)
 
     @property
     def is_labelled(self) -> bool:

@@ -1,4 +1,4 @@
-"""Terms that are added to losses: smoothness, language modelling, the distance from the start; and preferences.
+"""Terms that are added to losses: smoothness, language modelling, contrast, distance from the start; and preferences.
 
 They count in training alone: a development set is judged by the loss of the task itself, of preferences by theirs.
 """
@@ -27,9 +27,11 @@ from mergekit_lfm.train.losses import (
     towards,
     widen,
 )
+from mergekit_lfm.train.vectors import hearing_vectors, vectors_of
 
 NOISE = 1e-5  # standard deviation on embeddings, as the paper of R3F has it
 OTHER = "rejected_"  # begins the names of the inputs of the answer that was not preferred
+CONTRAST = 0.1  # the temperature of cosines, as in the paper's experiments
 REFERENCE = "reference"  # the base's ln p of the two answers
 
 
@@ -41,6 +43,8 @@ def build_loss(task: str, terms: Mapping[str, float], start: Mapping[str, Tensor
             loss = smooth(SCORES[task], terms[name])
     if "aux_lm" in terms:
         loss = with_language(loss, terms["aux_lm"])
+    if "supcon" in terms:
+        loss = contrasting(loss, terms["supcon"])
     return towards(loss, start, terms["l2sp"]) if "l2sp" in terms else loss
 
 
@@ -123,6 +127,34 @@ def check_language(loaded: Loaded, examples: Examples) -> None:
         )
     if looks_ahead(trunk_of(loaded.model), loaded.positions, lambda output: output.last_hidden_state):
         raise PlanError(f"aux_lm is for decoders, and {type(loaded.model).__name__} sees later tokens; leave it out")
+
+
+def contrasting(loss: Loss, weight: float) -> Loss:
+    """The loss, and for each example `weight` times the `contrast` of what a classifier's head reads."""
+
+    def added(model: nn.Module, batch: Batch) -> Terms:
+        if not model.training:
+            return loss(model, batch)
+        with hearing_vectors(model) as heard:
+            total, number = loss(model, batch)
+        vectors = widen(vectors_of(heard[0], batch))  # of the first pass, if there are several
+        return Terms(total + weight * contrast(vectors, batch["labels"]).sum(), number)
+
+    return added
+
+
+def contrast(vectors: Tensor, labels: Tensor, temperature: float = CONTRAST) -> Tensor:
+    """For each example the mean -ln p of the others of its class among all others, by exp(cosine / temperature): [n].
+
+    0 for one that is alone of its class. Source: Khosla et al. 2020, arXiv 2004.11362, equation 2.
+    """
+    units = nn.functional.normalize(vectors, dim=-1)
+    itself = torch.eye(len(units), dtype=torch.bool, device=units.device)
+    same = (labels[:, None] == labels[None]) & ~itself
+    alone = ~same.any(1)
+    scores = (units @ units.T / temperature).masked_fill(itself & ~alone[:, None], -torch.inf)
+    shares = scores.log_softmax(1).masked_fill(~same, 0)
+    return -shares.sum(1) / same.sum(1).clamp(min=1)
 
 
 def prefer(beta: float) -> Loss:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_lfm import tune_model
 from mergekit_lfm.runtime.load import load_model
 from mergekit_lfm.train.losses import LOSSES, SCORES, towards
-from mergekit_lfm.train.terms import build_loss, smooth, trunk_of, with_language
+from mergekit_lfm.train.terms import build_loss, contrast, smooth, trunk_of, with_language
 from mergekit_lfm.train.texts import read_examples
 
 WORDS = [text for line in TEXTS for text in line.split(" . ")]
@@ -215,3 +215,54 @@ def test_terms_that_do_not_fit_are_refused(
     folder = tiny / ("llama" if model == "pairs" else model)
     found = refusal(run("tune", str(folder), "--data", str(data), "--task", *arguments, "-o", str(tmp_path / "out")))
     assert message in found and not (tmp_path / "out.training").exists()
+
+
+def contrast_by_hand(vectors: Tensor, labels: list[int]) -> list[float]:
+    units = [x / x.norm() for x in vectors.double()]
+    found = []
+    for i, own in enumerate(units):
+        others = [j for j in range(len(units)) if j != i]
+        whole = sum(math.exp(float(own @ units[j]) / 0.1) for j in others)
+        same = [j for j in others if labels[j] == labels[i]]
+        terms = [-math.log(math.exp(float(own @ units[j]) / 0.1) / whole) for j in same]
+        found.append(sum(terms) / len(terms) if terms else 0.0)
+    return found
+
+
+def test_contrast_is_the_formula_and_0_for_one_alone() -> None:
+    vectors = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    labels = [0, 1, 0, 2, 1, 0, 3]
+    found = contrast(vectors, torch.tensor(labels))
+    assert found.tolist() == pytest.approx(contrast_by_hand(vectors.detach(), labels), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: contrast(x, torch.tensor(labels)), (vectors,))
+    (slope,) = torch.autograd.grad(contrast(vectors[:1], torch.tensor([0])).sum(), vectors)
+    assert not slope.any()
+
+
+@pytest.mark.parametrize("kind", ["bert", "decoder"])
+def test_contrast_is_of_the_vectors_that_the_head_reads(kind: str, tiny: Path, decoder: Path) -> None:  # noqa: F811
+    folder = decoder if kind == "decoder" else tiny / kind
+    loaded = loaded_in_training(folder, "classification")
+    loaded.model.eval()
+    classes = loaded.model.config.num_labels
+    lines = [{"text": word, "label": i % min(classes, 2)} for i, word in enumerate(WORDS[:6])]
+    batch = read_examples(write(folder.parent / f"{kind}-contrast.jsonl", lines), loaded).batch(range(6))
+    plain = LOSSES["classification"](loaded.model, batch)
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    if kind == "decoder":
+        states = trunk_of(loaded.model)(**inputs).last_hidden_state
+        vectors = torch.stack(
+            [row[int(mask.sum()) - 1] for row, mask in zip(states, inputs["attention_mask"], strict=True)]
+        )
+    else:
+        vectors = loaded.model.bert(**inputs).pooler_output
+    loaded.model.train()
+    for module in loaded.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    total, number = build_loss("classification", {"supcon": 0.5}, {})(loaded.model, batch)
+    expected = float(plain.total.detach()) + 0.5 * sum(contrast_by_hand(vectors.detach(), batch["labels"].tolist()))
+    assert number == 6 and float(total.detach()) == pytest.approx(expected, rel=1e-9)
+    loaded.model.eval()
+    judged = build_loss("classification", {"supcon": 0.5}, {})(loaded.model, batch)
+    assert float(judged.total.detach()) == pytest.approx(float(plain.total.detach()), rel=1e-12)
