@@ -14,7 +14,6 @@ from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.launch import is_launched
 from mergekit_lfm.machine.progress import Progress
 from mergekit_lfm.machine.resources import total_memory
-from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.output.request import RequestInput
 from mergekit_lfm.recipe.meta_memory import Need, estimate_need
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
@@ -88,11 +87,6 @@ def plan_meta(recipe: MetaRecipe, out: Path, *, device: str | None = None, memor
             else "whose steps depend on all tasks or on those before"
         )
         raise PlanError(f"torchrun shares no {recipe.algorithm}{' on disk' * recipe.on_disk}, {reason}; start it alone")
-    need, memory = planned.need, total_memory() if memory is None else memory
-    if need is not None and need.total > memory and planned.device == "cpu":
-        whole, inner, budget = (format_size(size) for size in (need.total, need.inner, memory))
-        raise PlanError(
-            f"a step needs some {whole} of memory, {inner} of it for the inner steps of {need.tasks} tasks at once; "
-            f"the budget is {budget}. To need less, {need.cure}"
-        )
+    if planned.need is not None and planned.device == "cpu":
+        planned.need.check(total_memory() if memory is None else memory)
     return planned

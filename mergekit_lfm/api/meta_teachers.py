@@ -87,6 +87,7 @@ def meta_from_teachers(
     directions: int | None = None,
     seed: int = 0,
     device: str | None = None,
+    memory: int | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress = SILENCE,
@@ -95,8 +96,9 @@ def meta_from_teachers(
 
     model: the architecture, and the weights to begin with; teachers: at least two. algorithm: "average", or "dro", of
     models with the same tensors; "purer", or "bidf", of classifiers of images with as many classes as `model`. A bidf
-    teacher is asked for probabilities alone; the result counts how often. The other settings are explained at
-    `TeachersRecipe`; None stands for its defaults.
+    teacher is asked for probabilities alone; the result counts how often. memory: a budget in bytes, which a step may
+    need by its estimate, by default the machine's. The other settings are explained at `TeachersRecipe`; None stands
+    for its defaults.
 
     A run that was killed goes on from the state in OUT.training. If `out` holds the result of the same request already,
     nothing is done. Raises PlanError for models that do not go together and settings that are not read, FormatError for
@@ -104,7 +106,8 @@ def meta_from_teachers(
     """
     given = {name: x for name, x in locals().items() if name in TeachersRecipe.model_fields and x is not None}
     given |= {"job": "meta", "model": os.fspath(model), "teachers": [os.fspath(x) for x in teachers]}
-    planned = plan_from_teachers(TeachersRecipe.parse(given, label="meta"), expand(out), device=device)
+    recipe = TeachersRecipe.parse(given, label="meta")
+    planned = plan_from_teachers(recipe, expand(out), device=device, memory=memory)
     return initialise_planned(planned, threads=threads, overwrite=overwrite, progress=progress)
 
 

@@ -12,10 +12,12 @@ from mergekit_lfm.api.tune_plans import TRAINING
 from mergekit_lfm.errors import PlanError, shorten
 from mergekit_lfm.machine.devices import find_device
 from mergekit_lfm.machine.launch import is_launched
+from mergekit_lfm.machine.resources import total_memory
 from mergekit_lfm.output.lock import LOCK
 from mergekit_lfm.output.names import public_names
 from mergekit_lfm.output.request import Request, RequestInput
 from mergekit_lfm.output.save import stand_in
+from mergekit_lfm.recipe.meta_memory import Need, estimate_need_of_images
 from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 from mergekit_lfm.store.checkpoint import Checkpoint
 from mergekit_lfm.store.places import beside
@@ -67,6 +69,14 @@ class PlannedInitialisation:
         return sum(spec.numel for spec in self.source.values())
 
     @cached_property
+    def need(self) -> Need | None:
+        """The memory of a step over images; None for others, and for a config without the sizes of activations."""
+        if self.form is None:
+            return None
+        models = [(model.config, _numbers(model)) for model in (self.source, *self.teachers)]
+        return estimate_need_of_images(self.recipe, classes_of(self.source), models)
+
+    @cached_property
     def request(self) -> Request:
         """The request that the result answers."""
         whole = {**self.recipe.normalised(), "device": self.device.partition(":")[0]}
@@ -82,11 +92,14 @@ class PlannedInitialisation:
         stand_in(self.source, folder)
 
 
-def plan_from_teachers(recipe: TeachersRecipe, out: Path, *, device: str | None = None) -> PlannedInitialisation:
+def plan_from_teachers(
+    recipe: TeachersRecipe, out: Path, *, device: str | None = None, memory: int | None = None
+) -> PlannedInitialisation:
     """Check an initialisation from models without data. Reads headers and configs.
 
-    Raises PlanError for models that do not go together, for one that is too large for `dro`, for one with BatchNorm
-    that is to adapt, and without the device; FormatError for a damaged model.
+    memory: a budget in bytes, by default the machine's. Raises PlanError for models that do not go together, for one
+    that is too large for `dro`, for one with BatchNorm that is to adapt, for a step that needs more than the budget,
+    and without the device; FormatError for a damaged model.
     """
     source, teachers = open_found(recipe.found), tuple(open_found(found) for found in recipe.found_teachers)
     if is_launched():
@@ -100,13 +113,20 @@ def plan_from_teachers(recipe: TeachersRecipe, out: Path, *, device: str | None 
         _check_classifiers(named)
     place = "cpu" if device is None else str(find_device(device))  # which needs torch
     planned = PlannedInitialisation(recipe, out, source, teachers, form, place)
-    numbers = sum(source[name].numel for name in planned.floats)
+    numbers = _numbers(source)
     if recipe.algorithm == "dro" and numbers > FUSED:
         raise PlanError(
             f"{recipe.model} has {numbers:,} numbers; expected at most {FUSED:,} for dro, whose network is 33 times as "
             "large. Choose average, or for classifiers of images purer or bidf"
         )
+    if planned.need is not None and place == "cpu":
+        planned.need.check(total_memory() if memory is None else memory)
     return planned
+
+
+def _numbers(model: Checkpoint) -> int:
+    """How many numbers a model has that can be learned."""
+    return sum(spec.numel for spec in model.values() if spec.dtype in FLOATS)
 
 
 def _check_alike(named: Sequence[tuple[str, Checkpoint]]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from mergekit_lfm.commands import options
 from mergekit_lfm.commands.console import Console
 from mergekit_lfm.commands.options import going_on_later
 from mergekit_lfm.commands.parameters import HasParameters, method_option, parameter_options
-from mergekit_lfm.commands.shell import Command, Size
+from mergekit_lfm.commands.shell import Command
 from mergekit_lfm.commands.training import data_options, step_options
 from mergekit_lfm.machine.launch import rank
 from mergekit_lfm.recipe.meta_algorithms import ALGORITHMS
@@ -82,11 +83,7 @@ Examples:
     help="Of reptile: a step's models are checkpoints beside OUT, which the engine merges; several processes with the "
     "same command share them.",
 )
-@click.option(
-    "--memory",
-    type=Size(),
-    help="The most memory that a step may need by its estimate, such as 8GB. [default: the machine's]",
-)
+@options.step_memory
 @method_option(TUNE_METHODS, "full", "The part of the model that is learned, and how.")
 @parameter_options({**TUNE_METHODS, **ALGORITHMS})
 @step_options

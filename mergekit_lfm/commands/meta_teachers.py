@@ -73,6 +73,7 @@ Examples:
 @click.option("--directions", type=COUNT, help="Directions in which bidf asks about each image. [default: 20]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Decides all random numbers. [default: 0]")
 @options.device_option("Where the models run", default=None)
+@options.step_memory
 @click.option("--threads", type=COUNT, help="The number of threads. [default: torch's choice]")
 @options.overwrite
 @options.output

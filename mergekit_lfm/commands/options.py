@@ -44,6 +44,11 @@ version = click.option(
     help="Print the versions of mergekit_lfm and of torch.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as one JSON object.")
+step_memory = click.option(
+    "--memory",
+    type=Size(),
+    help="The most memory that a step may need by its estimate, such as 8GB. [default: the machine's]",
+)
 # Where the words of a command go that may take long. They are those of its `Console`.
 output = together(
     as_json,

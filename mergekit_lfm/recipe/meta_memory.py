@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_lfm.errors import PlanError
+from mergekit_lfm.machine.sizes import format_size
 from mergekit_lfm.recipe.meta_recipe import MetaRecipe
+from mergekit_lfm.recipe.meta_teachers import TeachersRecipe
 
 FLOAT = 4  # bytes of a number: models compute in float32
 WINDOW = 128  # tokens of an example, where the recipe does not limit them
@@ -18,7 +21,7 @@ GRAPH = 3  # a pass and its slope as torch.func keeps them, to be derived again,
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of a step. model: parameters, their slopes and the optimizer's moments.
+    """Bytes of a step. model: parameters, slopes and the optimizer's moments; teachers, and the passes of their images.
 
     inner: of adapting, for all tasks at once. cure: what lessens it, in words.
     """
@@ -33,6 +36,19 @@ class Need:
         """All of it."""
         return self.model + self.inner
 
+    def check(self, budget: int) -> None:
+        """Raise PlanError, with the way out, if a step needs more than these bytes."""
+        if self.total > budget:
+            whole, inner, most = (format_size(size) for size in (self.total, self.inner, budget))
+            raise PlanError(
+                f"a step needs some {whole} of memory, {inner} of it for the inner steps of {self.tasks} tasks at "
+                f"once; the budget is {most}. To need less, {self.cure}"
+            )
+
+    def __str__(self) -> str:
+        """The need in words."""
+        return f"some {format_size(self.total)}, {format_size(self.inner)} of it for {self.tasks} tasks at once"
+
 
 def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -> Need | None:
     """The need of a recipe for a model with so many numbers; None for a config without the sizes of a transformer.
@@ -41,7 +57,7 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
     first-order ones those of one pass at a time.
     """
     text = config.get("text_config")
-    example = bytes_of_example(recipe, text if isinstance(text, Mapping) else config)
+    example = bytes_of_example(text if isinstance(text, Mapping) else config, recipe.task, recipe.window)
     if example is None:
         return None
     row, (steps, _), ways = recipe.row, recipe.inner, recipe.ways or 1
@@ -67,8 +83,29 @@ def estimate_need(recipe: MetaRecipe, config: Mapping[str, Any], numbers: int) -
     return Need(kept, tasks * task, tasks, _cure(recipe, tasks))
 
 
-def bytes_of_example(recipe: MetaRecipe, config: Mapping[str, Any]) -> int | None:
-    """The activations of one example in a pass that will be derived."""
+def estimate_need_of_images(
+    recipe: TeachersRecipe, classes: int, models: Sequence[tuple[Mapping[str, Any], int]]
+) -> Need | None:
+    """The need of a recipe whose episodes are images of teachers, of so many classes each.
+
+    models: the config and how many numbers of each model; the first one learns, second-order. None for a config without
+    the sizes of a transformer. Passes of all images through their teachers are held until the step ends, half of their
+    activations, as teachers are not trained; black boxes give no gradient, and are asked in parts.
+    """
+    (config, numbers), *teachers = models
+    example, seen = bytes_of_example(config), [bytes_of_example(own) for own, _ in teachers]
+    if example is None or None in seen:
+        return None
+    weights, steps = FLOAT * numbers, recipe.inner_steps
+    task = steps * (GRAPH * recipe.shots * classes * example + 2 * weights) + recipe.queries * classes * example
+    images = sum(recipe.count * classes * (each or 0) // 2 for each in seen) if recipe.algorithm == "purer" else 0
+    kept = 4 * weights + sum(FLOAT * own for _, own in teachers)
+    cure = "set a smaller batch_size, or fewer images, shots, queries or inner_steps"
+    return Need(kept + images, recipe.batch_size * task, recipe.batch_size, cure)
+
+
+def bytes_of_example(config: Mapping[str, Any], task: str = "classification", window: int | None = None) -> int | None:
+    """The activations of one example in a pass that will be derived. window: the most tokens of a text."""
 
     def size(*names: str) -> int | None:
         return next((config[name] for name in names if isinstance(config.get(name), int)), None)
@@ -80,10 +117,10 @@ def bytes_of_example(recipe: MetaRecipe, config: Mapping[str, Any]) -> int | Non
     inner = size("intermediate_size", "n_inner", "ffn_dim", "hidden_dim") or 4 * hidden
     side, patch = size("image_size"), size("patch_size")
     limit = size("max_position_embeddings", "n_positions") or WINDOW
-    tokens = (side // patch) ** 2 + 1 if side and patch else recipe.window or min(WINDOW, limit)
+    tokens = (side // patch) ** 2 + 1 if side and patch else window or min(WINDOW, limit)
     layer = tokens * (WIDTHS * hidden + BLOCKS * inner + SCORES * heads * tokens)
-    scores = 3 * tokens * (size("vocab_size") or 0) if recipe.task == "lm" else 0
-    texts = 2 if recipe.task == "embedding" else 1  # a text and its positive
+    scores = 3 * tokens * (size("vocab_size") or 0) if task == "lm" else 0
+    texts = 2 if task == "embedding" else 1  # a text and its positive
     return FLOAT * texts * (layers * layer + scores)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_commands import refusal, run
@@ -190,3 +191,64 @@ def test_the_command_says_how_often_black_boxes_were_asked() -> None:
     assert json.loads(result.stdout)["asked"] == 12 and json.loads(result.stdout)["requests"] == 2
     wrong = run(*["meta-teachers", "new", "one", "two", "-o", "other", "--directions", "3"])
     assert "average does not read directions; leave it out" in refusal(wrong)
+
+
+def test_a_step_that_needs_too_much_is_refused_and_plans_say_how_much() -> None:
+    message = refusal(run("meta-teachers", "new", *TEACHERS, "--algorithm", "purer", "--memory", "100kB", "-o", "out"))
+    assert "a step needs some" in message and "the budget is 100 KB" in message and "smaller batch_size" in message
+    assert not Path("out").exists() and not Path("out.training").exists()
+    recipe = {"job": "meta", "model": "new", "teachers": TEACHERS, "algorithm": "purer"}
+    needs = [
+        plan_from_teachers(TeachersRecipe.parse({**recipe, **more}, label="meta"), Path("out")).need
+        for more in ({}, {"images": 60}, {"algorithm": "bidf"}, {"algorithm": "average"})
+    ]
+    assert needs[3] is None and needs[0] and needs[1] and needs[2]
+    assert needs[1].model > needs[0].model > needs[2].model  # gradients in all images, or none
+    assert needs[1].inner == needs[0].inner == needs[2].inner
+
+
+CALIBRATED = """
+name: start
+job: meta
+model: new
+teachers: [one, two, three]
+algorithm: purer
+steps: 2
+image_steps: 1
+batch_size: 2
+---
+name: adapted
+job: tune
+model: start
+data: few.npz
+task: classification
+steps: 3
+batch_size: 6
+---
+name: seen
+job: synthesise
+teachers: adapted
+preset: deepdream
+count: 6
+rounds: 3
+---
+job: tune
+model: adapted
+data: [few.npz, seen]
+task: classification
+loss: {supcon: 1.0}
+steps: 3
+batch_size: 12
+"""
+
+
+def test_a_recipe_calibrates_an_adapted_model_by_images_of_its_own() -> None:
+    generator = np.random.default_rng(1)
+    images = generator.random((6, 1, 4, 4), dtype=np.float32)
+    np.savez("few.npz", pixel_values=images, labels=np.arange(6) % 3)
+    Path("calibrated.yaml").write_text(CALIBRATED)
+    made = run_recipe("calibrated.yaml", "out", threads=1)
+    before, after = tensors("out.stages/adapted"), tensors("out")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert made.result.steps == 3
+    assert np.load("out.stages/seen.npz")["pixel_values"].shape == images.shape

@@ -201,6 +201,11 @@ def test_tune_takes_terms_and_the_result_is_theirs(tiny: Path, decoder: Path, tm
         ("llama", ["lm", "--loss", "dpo=1", "--loss", "r3f=1"], "found dpo and r3f, expected one of them"),
         ("llama", ["lm", "--loss", "dpo=1"], "found no rejected answers; expected some for the loss dpo"),
         ("pairs", ["lm"], "found chosen and rejected answers; expected the loss dpo"),
+        (
+            "bert",
+            ["classification", "--loss", "supcon=1", "--accumulate", "2"],
+            "expected 1 for a loss",
+        ),
         ("bert", ["classification", "--loss", "aux_lm=1"], "aux_lm is for decoders, and Bert"),
     ],
 )

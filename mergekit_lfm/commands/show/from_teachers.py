@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def plan_data(planned: PlannedInitialisation) -> dict[str, Any]:
-    """A planned initialisation for JSON."""
-    return {"out": str(planned.out), "recipe": planned.recipe.normalised(), "warnings": list(planned.notices)}
+    """A planned initialisation for JSON. memory: bytes of a step, None where the configs do not say."""
+    found = {"out": str(planned.out), "recipe": planned.recipe.normalised(), "warnings": list(planned.notices)}
+    return {**found, "memory": None if planned.need is None else planned.need.total}
 
 
 def plan_text(planned: PlannedInitialisation) -> str:
@@ -33,6 +34,8 @@ def plan_text(planned: PlannedInitialisation) -> str:
     if row.reads:
         before = f"{recipe.image_steps} of the images alone, then " if planned.form is not None else ""
         rows.append(("steps", f"{before}{recipe.steps}, learning rate {recipe.options.learning_rate:g}"))
+    if planned.need is not None:
+        rows.append(("memory of a step", str(planned.need)))
     return table([*rows, *(("note", text) for text in planned.notices)])
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lfm.commands.show import tunings
 from mergekit_lfm.commands.show.terminal import table
-from mergekit_lfm.machine.sizes import format_size
 
 if TYPE_CHECKING:
     from mergekit_lfm.api.meta_plans import PlannedMeta
@@ -38,10 +37,7 @@ def plan_text(planned: PlannedMeta) -> str:
     if recipe.test is not None:
         rows.append(("test", ", ".join(file.ref for file in recipe.more_files)))
     if need is not None:
-        inner = format_size(need.inner)
-        rows.append(
-            ("memory of a step", f"some {format_size(need.total)}, {inner} of it for {need.tasks} tasks at once")
-        )
+        rows.append(("memory of a step", str(need)))
     return tunings.plan_text(planned, rows, "tasks")
 
 
