@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -60,7 +60,11 @@ def staging(planned: PlannedMerge) -> Iterator[None]:
     folder = planned.out.parents[1]
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds what was made
+                folder.rmdir()
 
 
 def check_goal(planned: PlannedMerge, run: Mapping[str, Any], *, overwrite: bool) -> None:

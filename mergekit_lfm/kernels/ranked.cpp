@@ -1,8 +1,8 @@
 // Coins that depend on ranks: the compiled form of `ranked_mask` and `ranked_sums` in random.py, to the bit, for float32.
 //
-// A row's entries are put into slots by their magnitudes, 1/8 of the slots for each power of two below the largest. Where
-// those of a slot are equal, counting them gives their ranks; in the changes of 16-bit models few are not, and are sorted.
-// Otherwise all are in order but those that share a slot with others; these are moved.
+// A row's entries are put into slots by their magnitudes, as many slots for each power of two. Where those of a slot are
+// equal, counting them gives their ranks; in the changes of 16-bit models few are not, and are sorted. In other rows the
+// limits of a slot's first and last rank tell of nearly all of its entries whether they are kept; the rest are counted.
 
 #include <algorithm>
 #include <cmath>
@@ -13,99 +13,69 @@
 namespace {
 
 constexpr uint32_t NOT_A_NUMBER = 0x7F800001;  // all NaNs count as equal, and as larger than infinity
-constexpr int FEWEST = 3, MOST = 12;           // slots, as powers of two
-constexpr int MOVES = 16;                      // for each entry, before sorting takes less time
-constexpr int FEW = 8;                         // a row's part to be sorted, from which on sorting all takes less time
+constexpr int FEWEST = 3, MOST = 13;           // slots, as powers of two
+constexpr int WIDTH = 8;                       // of vectors: slots lie in as many lanes, whose counts are added up at once
+constexpr int NEAR = 3, FAR = 5;               // how many powers of two below the largest have slots, as powers of two
+constexpr int FEW = 8;                         // a row's part to be sorted, from which on bounds take less time
+constexpr uint32_t OPEN = 1000;                // entries to be counted for, from which on sorting takes less time
+
+typedef uint32_t Lanes __attribute__((vector_size(4 * WIDTH)));
 
 uint32_t magnitude(uint32_t bits) { return std::min(bits & 0x7FFFFFFFu, NOT_A_NUMBER); }
 
-// The slots of a row by falling magnitude, and a last one for all that are smaller.
-struct Slots {
-    uint32_t number, shift, top = 0;
+// Index in the lower half, sorted by falling magnitude.
+uint64_t as_entry(uint32_t bits, uint32_t i) { return uint64_t(NOT_A_NUMBER - magnitude(bits)) << 32 | i; }
 
-    Slots(const uint32_t *x, uint32_t row) {
+// A row, and memory for the work on it, as long as the row.
+struct Row {
+    const uint32_t *x;
+    uint32_t count, top;    // top: the largest magnitude
+    const int32_t *limits;  // by rank, falling
+    uint64_t *entries;
+    uint16_t *slot;
+    uint8_t *flag;
+    int32_t *limit;  // of each entry: the result
+};
+
+// The slots of a row by falling magnitude, each lane of counts an equal part, and a last one for all that are smaller.
+struct Slots {
+    uint32_t number, shift, top, low;
+
+    Slots(const Row &row, int reach, int finer) {
         int digits = FEWEST;
-        while (digits < MOST && row >> (digits + 1)) digits++;
-        number = 1u << digits, shift = 26 - digits;
-        for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(x[i]));
-        top >>= shift;
+        while (digits < MOST - finer && row.count >> (digits + 1)) digits++;
+        digits += finer;
+        number = 1u << digits, shift = 23 + reach - digits, top = row.top >> shift, low = digits - 3;
     }
 
-    uint32_t of(uint32_t size) const { return std::min(top - (size >> shift), number); }
+    uint32_t of(uint32_t size) const {
+        const uint32_t at = std::min(top - (size >> shift), number);
+        return at < number ? (at & ((1u << low) - 1)) * WIDTH | at >> low : number;
+    }
 
     // Not 0 if a smaller magnitude belongs to the same slot.
     uint32_t rest(uint32_t size) const { return size & (top - (size >> shift) < number ? (1u << shift) - 1 : ~0u); }
 };
 
-// Index in the lower half, sorted by falling magnitude.
-uint64_t as_entry(uint32_t bits, uint32_t i) { return uint64_t(NOT_A_NUMBER - magnitude(bits)) << 32 | i; }
-
-// counts -> the sums of those before.
+// counts: of each slot -> the rank of its first entry.
 void add_up(uint32_t *counts, uint32_t number) {
-    uint32_t start = 0;
-    for (uint32_t s = 0; s < number; s++) {
-        const uint32_t count = counts[s];
-        counts[s] = start;
-        start += count;
+    Lanes sum = {}, each;
+    for (uint32_t s = 0; s < number; s += WIDTH) {
+        std::memcpy(&each, counts + s, sizeof each);
+        sum += each;
     }
-}
-
-// limit: of each entry, that of its rank. entries: scratch. Both are as long as the row.
-void rank_all(const uint32_t *x, uint32_t row, const Slots &slots, const int32_t *limits, uint64_t *entries, int32_t *limit) {
-    uint32_t *slot = reinterpret_cast<uint32_t *>(limit);
-    for (uint32_t i = 0; i < row; i++) slot[i] = slots.of(magnitude(x[i]));
-    uint32_t next[(1 << MOST) + 1];
-    std::fill_n(next, slots.number + 1, 0);
-    for (uint32_t i = 0; i < row; i++) next[slot[i]]++;
-    add_up(next, slots.number + 1);
-    for (uint32_t i = 0; i < row; i++) entries[next[slot[i]]++] = as_entry(x[i], i);
-
-    uint64_t moves = 0;
-    for (uint32_t i = 1; i < row && moves <= uint64_t(MOVES) * row; i++) {
-        const uint64_t entry = entries[i];
-        if (entries[i - 1] < entry) continue;
-        uint32_t at = i;
-        do {
-            entries[at] = entries[at - 1];
-            at--;
-        } while (at && entries[at - 1] > entry);
-        entries[at] = entry;
-        moves += i - at;
+    uint32_t before = 0;
+    for (int lane = 0; lane < WIDTH; lane++) {
+        const uint32_t count = sum[lane];
+        sum[lane] = before;
+        before += count;
     }
-    if (moves > uint64_t(MOVES) * row) std::sort(entries, entries + row);
-    for (uint32_t i = 0; i < row; i++) limit[uint32_t(entries[i])] = limits[i];
-}
-
-// The same. Entries with a rest are sorted: they are the first of their slots. The others of a slot are equal.
-void rank(const uint32_t *x, uint32_t row, const int32_t *limits, uint64_t *entries, int32_t *limit) {
-    const Slots slots(x, row);
-    const uint32_t apart = slots.number + 1;
-    uint32_t *slot = reinterpret_cast<uint32_t *>(limit), count = 0;
-    for (uint32_t i = 0; i < row; i++) {
-        const uint32_t size = magnitude(x[i]), at = slots.of(size), rest = slots.rest(size);
-        slot[i] = rest ? apart : at;
-        count += rest ? 1 : 0;
+    for (uint32_t s = 0; s < number; s += WIDTH) {
+        std::memcpy(&each, counts + s, sizeof each);
+        std::memcpy(counts + s, &sum, sizeof sum);
+        sum += each;
     }
-    if (count > row / FEW) return rank_all(x, row, slots, limits, entries, limit);
-
-    uint32_t next[(1 << MOST) + 2];
-    std::fill_n(next, apart + 1, 0);
-    uint64_t *end = entries;
-    for (uint32_t i = 0; i < row; i++) {
-        next[slot[i]]++;
-        if (slot[i] == apart) *end++ = as_entry(x[i], i);
-    }
-    std::sort(entries, end);
-    const auto slot_of = [&](uint64_t entry) { return slots.of(NOT_A_NUMBER - uint32_t(entry >> 32)); };
-    for (uint64_t *each = entries; each < end; each++) next[slot_of(*each)]++;
-    next[apart] = 0;
-    add_up(next, apart);
-    for (uint64_t *each = entries; each < end; each++) {
-        const uint32_t place = next[slot_of(*each)]++;
-        *each = uint64_t(place) << 32 | uint32_t(*each);
-    }
-    for (uint32_t i = 0; i < row; i++) limit[i] = limits[next[slot[i]]++];
-    for (uint64_t *each = entries; each < end; each++) limit[uint32_t(*each)] = limits[*each >> 32];
+    counts[number] = before;
 }
 
 // The generator's word of two entries, `words` in random.py.
@@ -117,6 +87,19 @@ uint64_t word(uint64_t key, int64_t pair) {
 }
 
 int32_t below(uint64_t number, int32_t limit) { return ((int32_t(number) >> 1) - limit) >> 31; }
+
+// The numbers of a row that begins at an index of its block.
+struct Coins {
+    uint64_t key;
+    int64_t start;
+
+    void numbers(uint32_t count, int32_t *number) const {
+        for (uint32_t i = 0; i < count; i++) {
+            const uint64_t both = word(key, (start + i) / 2);
+            number[i] = int32_t(both >> ((start + i) % 2 ? 32 : 0)) >> 1;
+        }
+    }
+};
 
 // The masks of the entries from index `start` on, in place of their limits.
 void draw(uint64_t key, int64_t start, uint32_t count, int32_t *limit) {
@@ -131,6 +114,98 @@ void draw(uint64_t key, int64_t start, uint32_t count, int32_t *limit) {
         limit[2 * i + 1] = below(both >> 32, limit[2 * i + 1]);
     }
     if (count % 2) limit[count - 1] = below(word(key, (start + count) / 2), limit[count - 1]);
+}
+
+// limit: of each entry, that of its rank.
+void rank_by_sorting(const Row &row) {
+    for (uint32_t i = 0; i < row.count; i++) row.entries[i] = as_entry(row.x[i], i);
+    std::sort(row.entries, row.entries + row.count);
+    for (uint32_t i = 0; i < row.count; i++) row.limit[uint32_t(row.entries[i])] = row.limits[i];
+}
+
+uint32_t rank_of(const Row &row, uint32_t at) {
+    const uint32_t size = magnitude(row.x[at]);
+    uint32_t rank = 0;
+    for (uint32_t i = 0; i < at; i++) rank += magnitude(row.x[i]) >= size;
+    for (uint32_t i = at + 1; i < row.count; i++) rank += magnitude(row.x[i]) > size;
+    return rank;
+}
+
+// Limits that keep the same entries: the lowest of the slot, but for those that only some limits of the slot would keep.
+void rank_by_bounds(const Row &row, const Coins &coins) {
+    const Slots slots(row, FAR, 1);
+    const uint32_t last = slots.number, count = row.count;
+    uint32_t first[(1 << MOST) + 1];
+    int32_t low[(1 << MOST) + 1], high[(1 << MOST) + 1];
+    for (uint32_t i = 0; i < count; i++) row.slot[i] = slots.of(magnitude(row.x[i]));
+    std::fill_n(first, last + 1, 0);
+    std::fill_n(low, last + 1, 0);
+    for (uint32_t i = 0; i < count; i++) first[row.slot[i]]++;
+    std::copy_n(first, last + 1, low);
+    add_up(first, last);
+    for (uint32_t s = 0; s <= last; s++) {
+        const uint32_t end = first[s] + low[s];
+        high[s] = row.limits[std::min(first[s], count - 1)];
+        low[s] = row.limits[std::max(end, 1u) - 1];
+    }
+    coins.numbers(row.count, row.limit);
+    uint32_t *open = reinterpret_cast<uint32_t *>(row.entries), opened = 0;  // those, and how many
+    for (uint32_t i = 0; i < count; i++) {
+        const int32_t number = row.limit[i];
+        row.limit[i] = low[row.slot[i]];
+        open[opened] = i;
+        opened += (number >= low[row.slot[i]]) & (number < high[row.slot[i]]);
+    }
+    if (opened > OPEN) return rank_by_sorting(row);
+    for (uint32_t k = 0; k < opened; k++) row.limit[open[k]] = row.limits[rank_of(row, open[k])];
+}
+
+// Entries with a rest are sorted: they are the first of their slots. The others of a slot are equal.
+void rank(const Row &row, const Coins &coins) {
+    const Slots slots(row, NEAR, 0);
+    const uint32_t apart = slots.number + 1, count = row.count;
+    const uint32_t *x = row.x;
+    uint16_t *slot = row.slot;
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t size = magnitude(x[i]), at = slots.of(size), rest = slots.rest(size);
+        slot[i] = rest ? apart : at;
+    }
+    uint32_t rests = 0;
+    uint8_t *const flag = row.flag;
+    for (uint32_t i = 0; i < count; i++) rests += slot[i] == apart;
+    if (rests > count / FEW) return rank_by_bounds(row, coins);
+
+    uint32_t next[(1 << MOST) + 2];
+    std::fill_n(next, apart + 1, 0);
+    for (uint32_t i = 0; i < count; i++) next[slot[i]]++;
+    uint64_t *const entries = row.entries, *end = entries;
+    if (rests) {
+        for (uint32_t i = 0; i < count; i++) flag[i] = slot[i] == apart;
+        uint32_t i = 0;
+        for (; i + 8 <= count; i += 8) {
+            uint64_t flags;
+            std::memcpy(&flags, flag + i, 8);
+            for (; flags; flags &= flags - 1) {
+                const uint32_t at = i + __builtin_ctzll(flags) / 8;
+                *end++ = as_entry(x[at], at);
+            }
+        }
+        for (; i < count; i++)
+            if (flag[i]) *end++ = as_entry(x[i], i);
+    }
+    std::sort(entries, end);
+    const auto slot_of = [&](uint64_t entry) { return slots.of(NOT_A_NUMBER - uint32_t(entry >> 32)); };
+    for (uint64_t *each = entries; each < end; each++) next[slot_of(*each)]++;
+    add_up(next, slots.number);
+    for (uint64_t *each = entries; each < end; each++) {
+        const uint32_t place = next[slot_of(*each)]++;
+        *each = uint64_t(place) << 32 | uint32_t(*each);
+    }
+    next[apart] = 0;
+    int32_t *limit = row.limit;
+    const int32_t *limits = row.limits;
+    for (uint32_t i = 0; i < count; i++) limit[i] = limits[next[slot[i]]++];
+    for (uint64_t *each = entries; each < end; each++) limit[uint32_t(*each)] = limits[*each >> 32];
 }
 
 template <class To, class From> To same_bits(From from) {
@@ -189,9 +264,13 @@ extern "C" bool ranked_mask(const uint32_t *x, int64_t rows, uint32_t row, uint6
                             uint32_t *scratch, int8_t *mask, double *totals) {
     uint64_t *entries = reinterpret_cast<uint64_t *>(scratch);
     int32_t *limit = reinterpret_cast<int32_t *>(scratch + 2 * row);
+    uint16_t *slot = reinterpret_cast<uint16_t *>(scratch + 3 * row);
+    uint8_t *flag = reinterpret_cast<uint8_t *>(scratch + 3 * row + (row + 1) / 2);
     Sums sums;
     for (int64_t start = 0; start < rows * row; start += row) {
-        rank(x + start, row, limits, entries, limit);
+        uint32_t top = 0;
+        for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(x[start + i]));
+        rank({x + start, row, top, limits, entries, slot, flag, limit}, {key, start});
         draw(key, start, row, limit);
         std::copy_n(limit, row, mask + start);
         sums.add(x + start, limit, row);
