@@ -19,6 +19,8 @@ from mergekit_lfm.plan.budget import Budget
 from mergekit_lfm.plan.job import Job
 from mergekit_lfm.plan.plan import Plan
 
+HEAVY = 64  # a tensor with more than this part of the output is begun early, so that it is not in work alone at the end
+
 
 class Record(Protocol):
     """Keeps receipts. done: those of the segments that need no work."""
@@ -50,7 +52,7 @@ class Run:
                 shared.append(group)
             else:
                 (small if at_once and jobs[group[0]].small else alone).append(group[0])
-        heavy = self.plan.bytes_written // 16
+        heavy = self.plan.bytes_written // HEAVY
         alone.sort(key=lambda i: -jobs[i].nbytes if jobs[i].nbytes > heavy else 0)
         tasks = [task for i in alone for task in self._tasks(i)]
         batches = split_batches(self.budget, small, self.options.share)

@@ -37,6 +37,14 @@ class Block(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """The inputs as they are stored, [count]."""
+
+    @property
+    def stored_base(self) -> torch.Tensor | None:
+        """The base as it is stored, or None."""
+
     def row(self, i: int) -> torch.Tensor:
         """Input i, or its delta to the base if there is one, [count], in fresh memory."""
 
@@ -64,14 +72,6 @@ class Chunk(Block, Protocol):
 
     @property
     def native(self) -> bool: ...
-
-    @property
-    def stored(self) -> tuple[torch.Tensor, ...]:
-        """The inputs as they are stored, [count]."""
-
-    @property
-    def stored_base(self) -> torch.Tensor | None:
-        """The base as it is stored, or None."""
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Every block with its number in the tensor."""

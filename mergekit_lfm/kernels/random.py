@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mergekit_lfm.kernels.block import Block
 
     RankedMask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # as `ranked_mask`
-    RankedSums = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    RankedSums = Callable[[torch.Tensor, Block, int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # ranked_sums
 
 Known = dict[tuple[int, ...], "np.ndarray[Any, Any]"]
 
@@ -149,8 +149,9 @@ def ranked_mask(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tor
     return mask.to(torch.int8) if x.is_cpu else mask
 
 
-def ranked_sums(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ranked_mask`, and the sums of |x| over all entries and over those that it keeps, float64 [2]."""
+def ranked_sums(key: torch.Tensor, block: Block, i: int, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ranked_mask` of input i of a block, and sums of magnitudes: of all entries, and of the kept, float64 [2]."""
+    x = block.row(i)
     mask = ranked_mask(key, x, limits)
     return mask, sums_of_magnitudes(x, mask)
 
@@ -183,7 +184,7 @@ class LocalRankedCoins(NamedTuple):
         """Sums of magnitudes of a block before and after its masks, float64 [n, 2]; the masks go into `known`."""
         import torch
 
-        masks, sums = zip(*(make(self.keys[i], block.row(i), self.limits[i]) for i in range(len(block))), strict=True)
+        masks, sums = zip(*(make(self.keys[i], block, i, self.limits[i]) for i in range(len(block))), strict=True)
         if known is not None:
             known[self._place(block)] = _pack(masks)
         return torch.stack(sums)

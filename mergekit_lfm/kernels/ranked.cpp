@@ -255,25 +255,37 @@ public:
     }
 };
 
+// The bits of the difference of two numbers of bfloat16, the upper halves of floats.
+uint32_t difference(uint16_t one, uint16_t other) {
+    return same_bits<uint32_t>(same_bits<float>(uint32_t(one) << 16) - same_bits<float>(uint32_t(other) << 16));
+}
+
 }  // namespace
 
 // mask [rows * row]: all ones for the entries of x that are kept by the coins of the state `key`, whose limits depend on
-// the rank in the row. scratch: three times as long as a row. totals: the sums of |x| over all entries and over those
-// kept; true if these do not depend on the order.
-extern "C" bool ranked_mask(const uint32_t *x, int64_t rows, uint32_t row, uint64_t key, const int32_t *limits,
-                            uint32_t *scratch, int8_t *mask, double *totals) {
+// the rank in the row. base: null, or x is bfloat16 as this is, and its entries are the differences. scratch: five times
+// as long as a row, and 1. totals: the sums of magnitudes over all entries and over those kept; true if these do not
+// depend on the order.
+extern "C" bool ranked_mask(const void *x, const uint16_t *base, int64_t rows, uint32_t row, uint64_t key,
+                            const int32_t *limits, uint32_t *scratch, int8_t *mask, double *totals) {
     uint64_t *entries = reinterpret_cast<uint64_t *>(scratch);
     int32_t *limit = reinterpret_cast<int32_t *>(scratch + 2 * row);
-    uint16_t *slot = reinterpret_cast<uint16_t *>(scratch + 3 * row);
-    uint8_t *flag = reinterpret_cast<uint8_t *>(scratch + 3 * row + (row + 1) / 2);
+    uint32_t *own = scratch + 3 * row;
+    uint16_t *slot = reinterpret_cast<uint16_t *>(scratch + 4 * row);
+    uint8_t *flag = reinterpret_cast<uint8_t *>(scratch + 4 * row + (row + 1) / 2);
     Sums sums;
     for (int64_t start = 0; start < rows * row; start += row) {
+        const uint32_t *each = base ? own : static_cast<const uint32_t *>(x) + start;
+        if (base) {
+            const uint16_t *stored = static_cast<const uint16_t *>(x) + start;
+            for (uint32_t i = 0; i < row; i++) own[i] = difference(stored[i], base[start + i]);
+        }
         uint32_t top = 0;
-        for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(x[start + i]));
-        rank({x + start, row, top, limits, entries, slot, flag, limit}, {key, start});
+        for (uint32_t i = 0; i < row; i++) top = std::max(top, magnitude(each[i]));
+        rank({each, row, top, limits, entries, slot, flag, limit}, {key, start});
         draw(key, start, row, limit);
         std::copy_n(limit, row, mask + start);
-        sums.add(x + start, limit, row);
+        sums.add(each, limit, row);
     }
     return sums.write(totals);
 }

@@ -19,8 +19,9 @@ import torch
 import xxhash
 
 from mergekit_lfm.kernels.bits import sums_of_magnitudes
+from mergekit_lfm.kernels.block import Block
 from mergekit_lfm.kernels.libraries import Libraries, compiler, instructions, keep
-from mergekit_lfm.kernels.random import ranked_mask
+from mergekit_lfm.kernels.random import ranked_mask, ranked_sums
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
@@ -28,7 +29,7 @@ LONGEST = 1 << 16  # elements of a row; longer ones have too many entries in a s
 PAYS = 64  # blocks of a merge of three models, from which on compiling takes less time than it saves
 
 Sums = torch.Tensor | None  # None if they might depend on the order
-Native = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Sums]]
+Native = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, Sums]]
 
 
 class RankedMasks:
@@ -40,20 +41,30 @@ class RankedMasks:
         self._native: Native | None = None
 
     def __call__(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-        return self._make(key, x, limits)[0]
+        native = self._find(x.dtype, limits)
+        return ranked_mask(key, x, limits) if native is None else native(key, x, None, limits)[0]
 
-    def with_sums(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ranked_sums`, likewise."""
-        mask, sums = self._make(key, x, limits)
-        return mask, sums_of_magnitudes(x, mask) if sums is None else sums
+    def with_sums(
+        self, key: torch.Tensor, block: Block, i: int, limits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ranked_sums`, likewise; bfloat16 is read as it is stored."""
+        native, stored, base = self._find(block.dtype, limits), block.stored[i], block.stored_base
+        if native is None:
+            return ranked_sums(key, block, i, limits)
+        if base is not None and stored.dtype == base.dtype == torch.bfloat16:
+            mask, sums = native(key, stored, base, limits)
+        else:
+            mask, sums = native(key, block.row(i), None, limits)
+        return mask, sums_of_magnitudes(block.row(i), mask) if sums is None else sums
 
-    def _make(self, key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-        if x.dtype != torch.float32 or len(limits) > LONGEST:
-            return ranked_mask(key, x, limits), None
+    def _find(self, dtype: torch.dtype, limits: torch.Tensor) -> Native | None:
+        """The compiled code, if it is there and does this."""
+        if dtype != torch.float32 or len(limits) > LONGEST:
+            return None
         with self._lock:
             if not self._sought:
                 self._native, self._sought = self._obtain(), True
-        return self._native(key, x, limits) if self._native else (ranked_mask(key, x, limits), None)
+        return self._native
 
     def _obtain(self) -> Native | None:
         name = f"ranked-{xxhash.xxh3_128_hexdigest(SOURCE.read_bytes() + f'{OPTIONS} {instructions()}'.encode())}"
@@ -80,19 +91,22 @@ def compile_source(folder: Path, name: str) -> None:
 
 
 def load(library: Path) -> Native:
-    """The library as a function of float32 in the processor's memory."""
+    """The library as a function of float32, or of bfloat16 and a base of it, in the processor's memory."""
     function = ctypes.CDLL(str(library)).ranked_mask
     pointer = ctypes.c_void_p
-    function.argtypes = [pointer, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, *[pointer] * 4]
+    function.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, *[pointer] * 4]
     function.restype = ctypes.c_bool
 
-    def run(key: torch.Tensor, x: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def run(
+        key: torch.Tensor, x: torch.Tensor, base: torch.Tensor | None, limits: torch.Tensor
+    ) -> tuple[torch.Tensor, Sums]:
         row = len(limits)
-        mask, scratch = torch.empty(len(x), dtype=torch.int8), torch.empty(4 * row + 1, dtype=torch.int32)
+        mask, scratch = torch.empty(len(x), dtype=torch.int8), torch.empty(5 * row + 1, dtype=torch.int32)
         sums = torch.empty(2, dtype=torch.float64)
         state = int(key) & 0xFFFFFFFFFFFFFFFF
         pointers = limits.data_ptr(), scratch.data_ptr(), mask.data_ptr(), sums.data_ptr()
-        exact = function(x.data_ptr(), len(x) // row, row, state, *pointers)
+        origin = None if base is None else base.data_ptr()
+        exact = function(x.data_ptr(), origin, len(x) // row, row, state, *pointers)
         return mask, sums if exact else None
 
     return run

@@ -43,7 +43,7 @@ def check(native: ranked.Native, x: torch.Tensor, row: int, key: int = 5) -> boo
     state = torch.tensor(key)
     numbers = words(state, (len(x) + 1) // 2).view(torch.int32)[: len(x)] >> 1
     expected = -(numbers < by_rank_on_device(x, limits)).to(torch.int8)
-    mask, sums = native(state, x, limits)
+    mask, sums = native(state, x, None, limits)
     assert torch.equal(mask, expected)
     assert torch.equal(x.view(torch.int32), before.view(torch.int32))
     if sums is None:
@@ -70,6 +70,9 @@ def test_masks_of_changes_of_models(native: ranked.Native, seed: int, row: int) 
     tune = base + 0.001 * torch.randn(3 * row, generator=generator) * (torch.rand(3 * row, generator=generator) > 0.4)
     change = tune.bfloat16().float() - base.bfloat16().float()
     assert check(native, change, row)
+    limits = torch.linspace(2**30, -(2**30), row, dtype=torch.float64).to(torch.int32)
+    found = native(KEY, tune.bfloat16(), base.bfloat16(), limits)
+    assert all(map(torch.equal, found, native(KEY, change, None, limits)))
     check(native, tune - base, row)
     further = torch.rand(len(base), generator=generator) < torch.rand(len(base), generator=generator) / 4
     check(native, torch.where(further, tune - base, change), row)  # some rows are sorted as a whole, others in part
@@ -100,8 +103,8 @@ def test_sums_are_left_to_torch_where_their_order_might_matter(
     kernels = Kernels("never", 0, 4096, 1)
     masks = ranked.RankedMasks(kernels._libraries, compiles=False)
     masks._native, masks._sought = native, True
-    found = masks.with_sums(KEY, x, torch.zeros(210, dtype=torch.int32))
-    expected = ranked_sums(KEY, x, torch.zeros(210, dtype=torch.int32))
+    block, limits = StoredBlock((x,), None, 0, torch.float32, run_eagerly, len(x)), torch.zeros(210, dtype=torch.int32)
+    found, expected = masks.with_sums(KEY, block, 0, limits), ranked_sums(KEY, block, 0, limits)
     assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(found, expected, strict=True))
 
 
@@ -144,7 +147,7 @@ def test_the_library_is_kept_for_the_next_run(own_cache: Path, monkeypatch: pyte
 
     def load(library: Path) -> ranked.Native:
         loaded.append(library)
-        return lambda *arguments: (ranked_mask(*arguments), None)
+        return lambda key, x, _, limits: (ranked_mask(key, x, limits), None)
 
     monkeypatch.setattr(ranked, "load", load)
     find_mask(Kernels("auto", 0, 4096, 1))
