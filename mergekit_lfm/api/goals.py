@@ -63,7 +63,7 @@ def staging(planned: PlannedMerge) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # it holds what was made
+            with suppress(OSError):  # the merged model is in it
                 folder.rmdir()
 
 

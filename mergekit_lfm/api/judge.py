@@ -14,7 +14,7 @@ from mergekit_lfm.api.outcome import Outcome, warn_of
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.machine.progress import SILENCE, Progress
 from mergekit_lfm.runtime.tasks import TUNE_TASKS
-from mergekit_lfm.store.hub import display_name
+from mergekit_lfm.store.elsewhere import shown_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,9 +88,9 @@ def evaluate_models(
         folder = model_folder(model)
         loaded = load_attached(folder, _task_before(before, task), device=device)
         if before is not None:
-            loaded, notice = _put_before(loaded, before, display_name(folder))
+            loaded, notice = _put_before(loaded, before, shown_name(str(model), folder))
             notices += notice
-        scores[display_name(folder)] = {name: judge(loaded) for name, judge in judges.items()}
+        scores[shown_name(str(model), folder)] = {name: judge(loaded) for name, judge in judges.items()}
         del loaded
     return Outcome(None, scores, warnings=warn_of(notices), seconds=time.monotonic() - started)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mergekit_lfm.api.arguments import StrPath, expand, model_folder
 from mergekit_lfm.api.outcome import Outcome
 from mergekit_lfm.errors import PlanError
-from mergekit_lfm.store.hub import display_name
+from mergekit_lfm.store.elsewhere import shown_name
 from mergekit_lfm.views.adapted import with_adapters
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def evaluate_routed(
     paths = {str(file): expand(file, "data") for file in _as_list(data)}
     made = [
         Expert(
-            display_name(model_folder(model)),
+            shown_name(str(model), model_folder(model)),
             tuple(expand(file) for file in _as_list(own)),
             partial(load_attached, model_folder(model), task, device=device),
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lfm.errors import PlanError
 from mergekit_lfm.store.buckets import BucketName, bucket_name
 from mergekit_lfm.store.buckets.names import FORMS, is_address
-from mergekit_lfm.store.hub import HubName, hub_name, nearest_name, repository
+from mergekit_lfm.store.hub import HubName, display_name, hub_name, nearest_name, repository
 
 if TYPE_CHECKING:
     from mergekit_lfm.store.snapshot import Snapshot
@@ -19,6 +20,12 @@ EXPECTED = "a folder, or a model on the Hub as org/name or org/name@revision, or
 def name_elsewhere(text: str) -> Elsewhere | None:
     """The model that an address in a bucket, or a name on the Hub, names; None for any other text."""
     return bucket_name(text) or hub_name(text.removeprefix("hf://"))
+
+
+def shown_name(text: str, folder: Path) -> str:
+    """The name for messages of the model that a text named and that is in this folder: its address, or the folder's."""
+    name = bucket_name(text)
+    return display_name(folder) if name is None else str(name)
 
 
 def nearest(text: str) -> str:

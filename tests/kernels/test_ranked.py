@@ -71,8 +71,9 @@ def test_masks_of_changes_of_models(native: ranked.Native, seed: int, row: int) 
     change = tune.bfloat16().float() - base.bfloat16().float()
     assert check(native, change, row)
     limits = torch.linspace(2**30, -(2**30), row, dtype=torch.float64).to(torch.int32)
-    found = native(KEY, tune.bfloat16(), base.bfloat16(), limits)
-    assert all(map(torch.equal, found, native(KEY, change, None, limits)))
+    mask, sums = native(KEY, tune.bfloat16(), base.bfloat16(), limits)
+    expected, totals = native(KEY, change, None, limits)
+    assert torch.equal(mask, expected) and sums is not None and totals is not None and torch.equal(sums, totals)
     check(native, tune - base, row)
     further = torch.rand(len(base), generator=generator) < torch.rand(len(base), generator=generator) / 4
     check(native, torch.where(further, tune - base, change), row)  # some rows are sorted as a whole, others in part
