@@ -1,6 +1,6 @@
 """Meta-learning without data on digits: initialisations from eight classifiers beside a random one and one with data.
 
-    python benchmarks/meta_data_free.py                      # three seeds, some twenty minutes on one core
+    python benchmarks/meta_data_free.py                      # three seeds, some forty minutes on one core
     python benchmarks/meta_data_free.py --steps 5 --seeds 1  # a smoke test
 
 Classes are those of `meta_digits.py`, but of seven digits, and each again as its negative (1 - pixel), as seven digits
