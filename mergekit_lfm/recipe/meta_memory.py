@@ -100,7 +100,7 @@ def estimate_need_of_images(
     task = steps * (GRAPH * recipe.shots * classes * example + 2 * weights) + recipe.queries * classes * example
     images = sum(recipe.count * classes * (each or 0) // 2 for each in seen) if recipe.algorithm == "purer" else 0
     kept = 4 * weights + sum(FLOAT * own for _, own in teachers)
-    cure = "set a smaller batch_size, or fewer images, shots, queries or inner_steps"
+    cure = f"set a smaller batch_size, or fewer {'images, ' if images else ''}shots, queries or inner_steps"
     return Need(kept + images, recipe.batch_size * task, recipe.batch_size, cure)
 
 

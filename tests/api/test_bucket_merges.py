@@ -28,6 +28,7 @@ from mergekit_lfm.errors import FormatError, PlanError
 from mergekit_lfm.store import ranges
 from mergekit_lfm.store.buckets import bucket_name, client, put, snapshots
 from mergekit_lfm.store.buckets.snapshots import list_folder
+from mergekit_lfm.store.elsewhere import shown_name
 
 SHAPES = {"a.weight": (300, 200), "b.bias": (7,), "c.weight": (64, 1000), "d.weight": (2000, 33), "e.weight": (5,)}
 TIES = {"merge_method": "ties", "parameters": {"density": 0.3}}
@@ -101,6 +102,12 @@ def test_models_in_a_bucket_merge_as_local_ones(
     assert merge(recipe, tmp_path / "out", card=False, stream_inputs=stream).already_there
     assert not any("safetensors" in path and method == "GET" for method, path, _ in s3.requests) or stream
     assert outcome.digest
+
+
+def test_a_model_in_a_bucket_is_shown_by_its_address() -> None:
+    copy = Path("/cache/buckets/base-1f/2f")
+    for text, shown in (("s3://models/base", "s3://models/base"), ("base", str(copy)), ("s3://models", str(copy))):
+        assert shown_name(text, copy) == shown
 
 
 def test_a_file_an_adapter_and_a_stack_from_a_bucket(s3: Proxy, tmp_path: Path, place: str) -> None:
@@ -371,6 +378,7 @@ def test_addresses_and_places_that_cannot_be(
         merge(recipe_of([place, *refs[1:]]), tmp_path / "out")
     with pytest.raises(PlanError, match="the store refuses the request"):
         merge(recipe_of(refs), f"{place}/out")
+    assert not [*(tmp_path / "cache").rglob("outgoing/*")]
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(PlanError, match=r'buckets need obstore: pip install "mergekit_lfm\[remote\]"'):
         merge(recipe_of([place, *refs[1:]]), tmp_path / "out")
